@@ -1,0 +1,1 @@
+"""What ships inside every archive: the pipeline, the network, the decision, and TorchServe's entry point."""

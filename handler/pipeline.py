@@ -1,0 +1,160 @@
+"""A pipeline is data: an ordered list of named stages, from encoded bytes to the network's input."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from handler.stages import REGISTRY, Payload, PipelineError, Signal, Stage
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One way in which two pipelines differ. `parameter` is empty when the whole stage is missing on one side."""
+
+    stage: str
+    parameter: str
+    ours: Any
+    theirs: Any
+
+    def __str__(self) -> str:
+        if not self.parameter:
+            return f"{self.stage}: {'missing here' if self.ours is None else 'missing there'}"
+        return f"{self.stage}.{self.parameter}: {self.ours!r} here, {self.theirs!r} there"
+
+
+class Pipeline:
+    """Named stages, run in order.
+
+    The same object serves training, evaluation, packaging and serving. `fingerprint` identifies the stage list with
+    every parameter spelt out: equal fingerprints mean equal definitions, however the files were written.
+    """
+
+    def __init__(self, name: str, stages: list[Stage]):
+        if not stages:
+            raise PipelineError(f"pipeline '{name}' has no stages")
+        self.name = name
+        self.stages: dict[str, Stage] = {}
+        for stage in stages:
+            # A stage used twice is told apart by its position among its namesakes: "scale", "scale_2".
+            uses = sum(s.name == stage.name for s in self.stages.values())
+            self.stages[f"{stage.name}_{uses + 1}" if uses else stage.name] = stage
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Pipeline:
+        """Read a pipeline file; raises PipelineError naming the file, the stage and the parameter that is wrong."""
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        except (PipelineError, yaml.YAMLError) as error:
+            raise PipelineError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, definition: Any) -> Pipeline:
+        """`{"name": ..., "stages": [{stage: {parameter: value}}, ...]}`, as `to_dict` writes it."""
+        if not isinstance(definition, Mapping) or set(definition) != {"name", "stages"}:
+            raise PipelineError("a pipeline has exactly two keys: 'name' and 'stages'")
+        if not isinstance(definition["stages"], list):
+            raise PipelineError("'stages' must be a list of 'name: {parameters}'")
+        stages = []
+        for item in definition["stages"]:
+            if not isinstance(item, Mapping) or len(item) != 1:
+                raise PipelineError(f"stage {item!r}: expected one 'name: {{parameters}}'")
+            ((name, params),) = item.items()
+            if name not in REGISTRY:
+                raise PipelineError(f"unknown stage '{name}'; there are: {', '.join(sorted(REGISTRY))}")
+            if not isinstance(params, Mapping):
+                raise PipelineError(
+                    f"stage '{name}': parameters are {params!r}, expected a mapping (use {{}} for none)"
+                )
+            stages.append(REGISTRY[name].from_params(params))
+        return cls(str(definition["name"]), stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The normalised definition: every parameter of every stage, in plain YAML types."""
+        return {"name": self.name, "stages": [{s.name: s.params()} for s in self.stages.values()]}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=110)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the normalised stage list, 64 hex digits. The pipeline's name is not part of it."""
+        return hashlib.sha256(json.dumps(self.to_dict()["stages"], sort_keys=True).encode()).hexdigest()
+
+    def __call__(self, audio: bytes) -> torch.Tensor:
+        """The network's input for one encoded recording, e.g. `(segments, 3, 224, 224)` float32.
+
+        Raises InputError for an input that cannot be turned into numbers.
+        """
+        return self.run(audio).data
+
+    def run(self, audio: bytes, *, max_duration_s: float = math.inf, whole: bool = False) -> Signal:
+        """As calling the pipeline, with the facts about the recording beside the tensor.
+
+        whole: keep every decoded sample instead of only the head that can reach the output. The result is the
+        same; memory then grows with the recording. It is the plain path that the streamed one is tested against.
+        """
+        return deque(self.steps(audio, max_duration_s=max_duration_s, whole=whole), maxlen=1).pop()[1]
+
+    def trace(self, audio: bytes, *, whole: bool = False) -> dict[str, torch.Tensor]:
+        """Every stage's output by stage name, in order."""
+        return {name: signal.data for name, signal in self.steps(audio, whole=whole)}
+
+    def steps(
+        self, audio: bytes, *, max_duration_s: float = math.inf, whole: bool = False
+    ) -> Iterator[tuple[str, Signal]]:
+        """Run stage by stage, yielding `(stage name, signal)`."""
+        head_s = (lambda rate: math.inf) if whole else self.head_s
+        yield from self.resume(Signal(Payload(audio, head_s, max_duration_s)))
+
+    def resume(self, signal: Signal) -> Iterator[tuple[str, Signal]]:
+        """Run all stages on a signal, such as the one a `split` pipeline's first part gave."""
+        with torch.no_grad():
+            for name, stage in self.stages.items():
+                signal = stage(signal)
+                yield name, signal
+
+    def head_s(self, rate: int) -> float:
+        """Seconds from the start of a recording at `rate` Hz that determine the output; `math.inf`: all of it."""
+        seconds = math.inf
+        for stage in reversed(self.stages.values()):
+            seconds = stage.needs(seconds, rate)
+        return seconds
+
+    def split(self, before: str) -> tuple[Pipeline, Pipeline]:
+        """Two pipelines, the second starting with stage `before`; raises PipelineError when there is no such stage."""
+        names = list(self.stages)
+        if before not in names or names.index(before) == 0:
+            raise PipelineError(f"pipeline '{self.name}' cannot be split before '{before}'; it has: {', '.join(names)}")
+        stages, at = list(self.stages.values()), names.index(before)
+        return Pipeline(self.name, stages[:at]), Pipeline(self.name, stages[at:])
+
+    def diff(self, other: Pipeline) -> list[Difference]:
+        """Where this pipeline ("here") and another ("there") differ: stages missing on one side, and parameters.
+
+        Stages are aligned in order, so a moved stage shows as missing in one place on each side. Empty exactly when
+        the fingerprints are equal.
+        """
+        ours, theirs = list(self.stages.values()), list(other.stages.values())
+        matcher = difflib.SequenceMatcher(a=[s.name for s in ours], b=[s.name for s in theirs], autojunk=False)
+        found = []
+        for tag, a0, a1, b0, b1 in matcher.get_opcodes():
+            if tag == "equal":
+                for a, b in zip(ours[a0:a1], theirs[b0:b1], strict=True):
+                    pa, pb = a.params(), b.params()
+                    found += [Difference(a.name, k, pa[k], pb[k]) for k in pa if pa[k] != pb[k]]
+            else:
+                found += [Difference(s.name, "", s.params(), None) for s in ours[a0:a1]]
+                found += [Difference(s.name, "", None, s.params()) for s in theirs[b0:b1]]
+        return found
