@@ -1,0 +1,51 @@
+"""The numeric policy: which device, which shortcuts. Set explicitly, because servers and libraries set it silently."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class NumericPolicy:
+    """What arithmetic may be rounded beyond float32.
+
+    tf32: let GPUs round the inputs of float32 products to TF32's 10 bits. Importing TorchServe's base handler turns
+        it on for matrix products, and PyTorch has it on for convolutions; off is the exact tier.
+    threads: CPU threads of one worker; 0 keeps PyTorch's choice (one per core).
+    """
+
+    tf32: bool = False
+    threads: int = 0
+
+    def apply(self) -> None:
+        """Set the policy for this process. Call after every import that might set its own."""
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        # Autotuning picks algorithms, and so last bits, by timing.
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        if self.threads:
+            torch.set_num_threads(self.threads)
+
+    def report(self, device: torch.device) -> dict[str, Any]:
+        """The policy and what PyTorch says is in force now, as plain values."""
+        return {
+            **asdict(self),
+            "device": str(device),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+            "autocast": torch.is_autocast_enabled(device.type),
+            "num_threads": torch.get_num_threads(),
+        }
+
+
+def choose_device(gpu_id: int | None) -> torch.device:
+    """The GPU that TorchServe assigned when CUDA is there, else Apple's MPS, else the CPU."""
+    if gpu_id is not None and torch.cuda.is_available():
+        return torch.device("cuda", gpu_id)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
