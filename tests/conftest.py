@@ -1,0 +1,78 @@
+"""What the slow tests share: a small trained detector, packaged, and a TorchServe that serves it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from serving.client import Client
+from serving.server import Server
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run scripts/NAME.py as a user would, from the repository's root."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """The files of one small run of the whole chain."""
+
+    corpus: Path
+    run: Path
+    evaluation: Path
+    store: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.corpus / "manifest.csv"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.run / "best.pth"
+
+    @property
+    def archive(self) -> Path:
+        return self.store / "cough-1.0.mar"
+
+
+@pytest.fixture(scope="session")
+def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
+    """Corpus, training, evaluation and archive, by the scripts."""
+    root = tmp_path_factory.mktemp("demonstration")
+    made = Demonstration(root / "corpus", root / "run", root / "evaluation", root / "store")
+    run_script("make_corpus", "--out", made.corpus, "--clips", 40)
+    train = ("--epochs", 3, "--learning-rate", 1e-3, "--cache", root / "cache")
+    run_script("train", "--manifest", made.manifest, "--out", made.run, *train)
+    run_script("evaluate", "--checkpoint", made.checkpoint, "--manifest", made.manifest, "--out", made.evaluation)
+    build = ("--checkpoint", made.checkpoint, "--evaluation", made.evaluation, "--out", made.store)
+    run_script("build_archive", *build, "--version", "1.0")
+    return made
+
+
+@pytest.fixture(scope="session")
+def server(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFactory):
+    """A TorchServe on free ports that serves the demonstration as the default version of `cough`."""
+    state_dir = tmp_path_factory.mktemp("server")
+    running = Server.start(demonstration.store, state_dir, ports="free")
+    try:
+        run_script("register", demonstration.archive, "--default", "--state-dir", state_dir)
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
+def client(server: Server):
+    with Client(server) as connected:
+        yield connected

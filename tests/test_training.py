@@ -1,0 +1,216 @@
+"""Manifests, the spectrogram cache, training that can be interrupted, checkpoints and evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sklearn.metrics import f1_score
+
+from handler.pipeline import Pipeline
+from tests.conftest import ROOT, Demonstration, run_script
+from training.augment import augment
+from training.cache import SpectrogramCache, UnreadableRecordings
+from training.checkpoint import CheckpointError, load_checkpoint, network_of
+from training.evaluate import at_threshold, best_threshold
+from training.fit import Config, fit
+from training.manifest import ManifestError, manifest_digest, read_manifest, select
+
+COUGH = ROOT / "archive" / "cough"
+
+
+def write_manifest(path: Path, rows: list[tuple[str, str, str]]) -> Path:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("file_path", "cough_label", "split"), *rows])
+    return path
+
+
+@pytest.fixture
+def audio_root(tmp_path: Path) -> Path:
+    for name in "abcdef":
+        (tmp_path / f"{name}.wav").write_bytes(b"")
+    return tmp_path
+
+
+def test_manifest_reads_every_spelling_of_a_label(audio_root: Path):
+    labels = ["1", "TRUE", "yes", "0", "False", "n"]
+    rows = [(f"{name}.wav", label, "train") for name, label in zip("abcdef", labels, strict=True)]
+    recordings = read_manifest(write_manifest(audio_root / "m.csv", rows), audio_root)
+    assert [r.label for r in recordings] == [1, 1, 1, 0, 0, 0]
+    reordered = read_manifest(write_manifest(audio_root / "n.csv", rows[::-1]), audio_root)
+    assert manifest_digest(recordings) == manifest_digest(reordered)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("a.wav", "maybe", "train"), "row 3: cough_label is 'maybe'"),
+        (("a.wav", "", "train"), "row 3: cough_label is ''"),
+        (("a.wav", "1", "dev"), "row 3: split is 'dev'"),
+        (("z.wav", "1", "train"), "row 3: there is no file"),
+        (("b.wav", "1", "train"), "row 3: file_path 'b.wav' is repeated"),
+    ],
+)
+def test_manifest_errors_name_the_row(audio_root: Path, row, message: str):
+    manifest = write_manifest(audio_root / "m.csv", [("b.wav", "0", "train"), row])
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(manifest, audio_root)
+
+
+def test_a_split_needs_both_labels(audio_root: Path):
+    manifest = write_manifest(audio_root / "m.csv", [("a.wav", "1", "train"), ("b.wav", "1", "train")])
+    with pytest.raises(ManifestError, match="2 positive and 0 negative"):
+        select(read_manifest(manifest, audio_root), "train")
+
+
+def test_cache_gives_the_pipelines_own_numbers(demonstration: Demonstration, tmp_path: Path):
+    pipeline = Pipeline.from_yaml(COUGH / "pipeline.yaml")
+    recordings = read_manifest(demonstration.manifest, demonstration.corpus)[:3]
+    cache = SpectrogramCache(tmp_path, pipeline)
+    for recording, entry in cache.prepare(recordings):
+        cached = np.load(entry)
+        assert cached.dtype == np.float16
+        assert torch.equal(cache.finish(torch.from_numpy(cached)), pipeline(recording.path.read_bytes()))
+
+
+def test_unreadable_recordings_are_named_and_stop_the_run(demonstration: Demonstration, tmp_path: Path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(demonstration.corpus, corpus)
+    recordings = read_manifest(corpus / "manifest.csv", corpus)
+    bad = [r for r in recordings if r.split == "train"][:2]
+    for recording in bad:
+        recording.path.write_bytes(b"not audio")
+    cache = SpectrogramCache(tmp_path / "cache", Pipeline.from_yaml(COUGH / "pipeline.yaml"))
+    with pytest.raises(UnreadableRecordings) as error:
+        cache.prepare(recordings)
+    assert list(error.value.failures) == [r.file_path for r in bad]
+    assert len(cache.prepare(recordings, skip_unreadable=True)) == len(recordings) - 2
+    result = run_script("train", "--manifest", corpus / "manifest.csv", "--out", tmp_path / "run", check=False)
+    assert result.returncode == 2
+    assert all(r.file_path in result.stderr for r in bad)
+    assert not (tmp_path / "run" / "best.pth").exists()
+
+
+def test_augmentation_keeps_the_range_and_is_seeded():
+    x = torch.rand(3, 224, 224).half() * 2 - 1
+    first = augment(x, torch.Generator().manual_seed(1))
+    assert torch.equal(first, augment(x, torch.Generator().manual_seed(1)))
+    assert not torch.equal(first, augment(x, torch.Generator().manual_seed(2)))
+    assert first.dtype == torch.float32
+    assert (first.min() >= -1, first.max() <= 1) == (True, True)
+
+
+def _fit(demonstration: Demonstration, out: Path, cache: Path, **changes):
+    return fit(
+        read_manifest(demonstration.manifest, demonstration.corpus)[:20] + _validation(demonstration),
+        Pipeline.from_yaml(COUGH / "pipeline.yaml"),
+        yaml.safe_load((COUGH / "model-config.yaml").read_text()),
+        Config(**({"epochs": 2, "learning_rate": 1e-3} | changes)),
+        out,
+        cache_dir=cache,
+        device=torch.device("cpu"),
+    )
+
+
+def _validation(demonstration: Demonstration):
+    recordings = read_manifest(demonstration.manifest, demonstration.corpus)
+    return [r for r in recordings[20:] if r.split == "val"]
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(demonstration: Demonstration, tmp_path, monkeypatch):
+    whole = _fit(demonstration, tmp_path / "whole", tmp_path / "cache")
+    from training import fit as module
+
+    def interrupt(history, patience):
+        if len(history) == 1:
+            raise KeyboardInterrupt
+        return False
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_exhausted", interrupt)
+        _fit(demonstration, tmp_path / "parts", tmp_path / "cache")
+    assert load_checkpoint(tmp_path / "parts" / "last.pth")["epoch"] == 1
+    resumed = _fit(demonstration, tmp_path / "parts", tmp_path / "cache")
+    assert resumed["epoch"] == whole["epoch"]
+    for name, weight in whole["model_state_dict"].items():
+        assert torch.equal(weight, resumed["model_state_dict"][name]), name
+    with pytest.raises(CheckpointError, match="another config"):
+        _fit(demonstration, tmp_path / "parts", tmp_path / "cache", learning_rate=2e-3)
+
+
+def test_checkpoint_holds_what_the_number_depends_on(demonstration: Demonstration):
+    raw = torch.load(demonstration.checkpoint, weights_only=True)
+    wanted = {"epoch", "model_state_dict", "optimizer_state_dict", "val_auc", "val_ap", "config", "pipeline"}
+    wanted |= {"pipeline_fingerprint", "library_versions", "manifest_sha256", "network", "decision", "history"}
+    assert wanted <= set(raw)
+    assert raw["pipeline_fingerprint"] == Pipeline.from_yaml(COUGH / "pipeline.yaml").fingerprint
+    assert network_of(raw).training is False
+
+
+def test_checkpoint_refuses_code_and_foreign_files(demonstration: Demonstration, tmp_path: Path):
+    code, edited = tmp_path / "code.pth", tmp_path / "edited.pth"
+    torch.save({"model": Path}, code)
+    with pytest.raises(CheckpointError, match="without running code"):
+        load_checkpoint(code)
+    torch.save({"model_state_dict": {}}, code)
+    with pytest.raises(CheckpointError, match="lacks epoch"):
+        load_checkpoint(code)
+    checkpoint = load_checkpoint(demonstration.checkpoint)
+    checkpoint["pipeline"]["stages"][3]["resample"]["rate"] = 22050
+    torch.save(checkpoint, edited)
+    with pytest.raises(CheckpointError, match="edited"):
+        load_checkpoint(edited)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "absent.pth")
+
+
+def test_best_threshold_is_the_f1_optimum():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 200)
+    probabilities = (0.3 * labels + rng.random(200) * 0.7).clip(0, 1)
+    chosen = best_threshold(labels, probabilities)
+    scores = {t: f1_score(labels, probabilities > t) for t in np.linspace(0.01, 0.99, 99)}
+    assert f1_score(labels, probabilities > chosen) == max(scores.values())
+
+
+def test_at_threshold_by_hand():
+    row = at_threshold(np.array([0, 0, 1, 1, 1]), np.array([0.2, 0.8, 0.5, 0.6, 0.9]), 0.5)
+    # The decision is strict: 0.5 is not above 0.5.
+    assert row["confusion"] == {"true_negative": 1, "false_positive": 1, "false_negative": 1, "true_positive": 2}
+    assert (row["accuracy"], row["precision"], row["recall"]) == (3 / 5, 2 / 3, 2 / 3)
+    assert row["f1"] == pytest.approx(2 / 3)
+
+
+def test_evaluation_writes_numbers_and_pictures(demonstration: Demonstration):
+    folder = demonstration.evaluation
+    metrics = json.loads((folder / "metrics.json").read_text())
+    with open(folder / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    manifest = read_manifest(demonstration.manifest, demonstration.corpus)
+    assert {r["file_path"] for r in rows} == {r.file_path for r in manifest if r.split in ("val", "test")}
+    labels, probabilities = np.array(
+        [[int(r["cough_label"]), float(r["probability"])] for r in rows if r["split"] == "test"]
+    ).T
+    positives, negatives = probabilities[labels == 1], probabilities[labels == 0]
+    # The area under the ROC curve is the chance that a positive outranks a negative (Mann and Whitney).
+    pairs = positives[:, None] - negatives[None, :]
+    assert metrics["auc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+    assert metrics["brier"] == pytest.approx(((probabilities - labels) ** 2).mean())
+    assert [m["threshold"] for m in metrics["at_thresholds"]] == [0.3, 0.4, 0.5, 0.6, 0.7]
+    for name in ("roc", "pr", "calibration", "training"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for value in probabilities:
+        assert float(np.float32(value)) == value
+
+
+def test_evaluating_twice_gives_the_same_files(demonstration: Demonstration, tmp_path: Path):
+    arguments = ("--checkpoint", demonstration.checkpoint, "--manifest", demonstration.manifest)
+    run_script("evaluate", *arguments, "--out", tmp_path)
+    for name in ("metrics.json", "predictions.csv", "references/references.json"):
+        assert (tmp_path / name).read_bytes() == (demonstration.evaluation / name).read_bytes()

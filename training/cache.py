@@ -1,0 +1,76 @@
+"""Spectrograms on disk, so that an epoch does not decode and filter every recording again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from handler.pipeline import Pipeline
+from handler.stages import InputError, Signal
+from training.manifest import Recording
+
+# What comes before the channels are replicated is three times smaller, and float16 where the pipeline says so.
+_SPLIT_BEFORE = "replicate"
+
+
+class UnreadableRecordings(ValueError):
+    """Recordings that the pipeline could not read: `failures` maps each path to the reason."""
+
+    def __init__(self, failures: dict[str, str]):
+        self.failures = failures
+        listed = "\n".join(f"  {path}: {reason}" for path, reason in failures.items())
+        super().__init__(f"{len(failures)} recording(s) cannot be read:\n{listed}")
+
+
+class SpectrogramCache:
+    """The pipeline, cut in two: `spectrograms` is computed once per recording and kept, `finish` runs every time.
+
+    Entries live below a folder named after the fingerprint of the cached stages and are named after the digest of the
+    recording's bytes: another pipeline or another file is another entry, never a stale one.
+    """
+
+    def __init__(self, root: str | Path, pipeline: Pipeline):
+        self._first, self._last = pipeline.split(before=_SPLIT_BEFORE)
+        self._dir = Path(root) / self._first.fingerprint[:16]
+        self._dir.mkdir(parents=True, exist_ok=True)
+
+    def prepare(
+        self, recordings: Iterable[Recording], *, skip_unreadable: bool = False
+    ) -> list[tuple[Recording, Path]]:
+        """Compute what is missing, with a progress bar; each readable recording with its entry.
+
+        Raises UnreadableRecordings listing every recording that cannot be read, unless `skip_unreadable`, which
+        prints the same list and leaves them out.
+        """
+        entries, failures = [], {}
+        for recording in tqdm(list(recordings), desc="spectrograms", unit="clip"):
+            try:
+                entries.append((recording, self._entry(recording.path.read_bytes())))
+            except InputError as error:
+                failures[recording.file_path] = str(error)
+        if failures:
+            problem = UnreadableRecordings(failures)
+            if not skip_unreadable:
+                raise problem
+            print(f"skipping: {problem}")
+        return entries
+
+    def finish(self, spectrograms: torch.Tensor) -> torch.Tensor:
+        """The cached stages' output `(S, 224, 224)` to the network's input `(S, 3, 224, 224)` float32."""
+        return deque(self._last.resume(Signal(spectrograms)), maxlen=1).pop()[1].data
+
+    def _entry(self, audio: bytes) -> Path:
+        path = self._dir / f"{hashlib.sha256(audio).hexdigest()}.npy"
+        if not path.exists():
+            unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+            with open(unfinished, "wb") as file:
+                np.save(file, self._first(audio).numpy())
+            unfinished.replace(path)
+        return path
