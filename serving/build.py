@@ -1,0 +1,171 @@
+"""Build a model archive (.mar), after proving that what goes into it gives the numbers that evaluation recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from handler.pipeline import Pipeline
+from handler.service import ModelService
+from training.checkpoint import file_digest, library_versions, load_checkpoint, network_of
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+# The largest difference in probability at which served and evaluated are still called equal; rounding alone is a
+# hundred to a thousand times smaller.
+TOLERANCE = 1e-4
+
+# Probabilities of an untrained network hardly depend on the recording.
+MIN_REFERENCE_SPREAD = 0.05
+
+
+class BuildError(ValueError):
+    """The parts do not make an archive that serves what was evaluated; the message says what differs."""
+
+
+def build_archive(
+    archive: Path, checkpoint_path: Path, evaluation: Path, version: str, out: Path, *, force: bool = False
+) -> Path:
+    """Write `out/NAME-VERSION.mar` and return its path. The same inputs give the same bytes.
+
+    archive: a definition (pipeline.yaml, model-config.yaml); its folder's name is the model's.
+    evaluation: what scripts/evaluate.py wrote for this checkpoint.
+    Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
+    another pipeline, weights that do not fit, an evaluation of another checkpoint, references that are not reproduced
+    within TOLERANCE or that barely vary, or a different archive already there (unless `force`).
+    """
+    if not re.fullmatch(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*", version):
+        raise BuildError(f"version is {version!r}, expected digits and letters joined by dots, such as 1.0")
+    for path in (archive / "pipeline.yaml", archive / "model-config.yaml", evaluation / "metrics.json"):
+        if not path.is_file():
+            raise BuildError(f"there is no {path}")
+    name = archive.resolve().name
+    checkpoint = load_checkpoint(checkpoint_path)
+    pipeline = Pipeline.from_yaml(archive / "pipeline.yaml")
+    config = yaml.safe_load((archive / "model-config.yaml").read_text(encoding="utf-8"))
+    _check_pipeline(pipeline, Pipeline.from_dict(checkpoint["pipeline"]))
+    network = network_of(checkpoint, config["network"])
+    measured = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
+    if measured["checkpoint_sha256"] != file_digest(checkpoint_path):
+        raise BuildError(
+            f"{evaluation} measured another checkpoint than {checkpoint_path}; run scripts/evaluate.py on this one"
+        )
+    metrics = {
+        "model_name": name,
+        "model_version": version,
+        "threshold": measured["threshold"],
+        "pipeline_fingerprint": pipeline.fingerprint,
+        "checkpoint_sha256": measured["checkpoint_sha256"],
+        "dataset_sha256": measured["dataset_sha256"],
+        "git_commit": _git_commit(),
+        "library_versions": library_versions(),
+        "evaluation": measured,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = Path(scratch, "staged")
+        shutil.copytree(_ROOT / "handler", staged / "handler", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(evaluation / "references", staged / "references")
+        (staged / "pipeline.yaml").write_text(pipeline.to_yaml(), encoding="utf-8")
+        (staged / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(archive / "model-config.yaml", staged / "model-config.yaml")
+        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, staged / "weights.safetensors")
+        check_references(ModelService.load(staged, torch.device("cpu")), staged / "references")
+        unpacked = _archive_directory(staged, name, version, Path(scratch))
+        target = out / f"{name}-{version}.mar"
+        unfinished = target.with_suffix(".tmp")
+        _zip_reproducibly(unpacked, unfinished)
+    if target.exists() and not force and target.read_bytes() != unfinished.read_bytes():
+        unfinished.unlink()
+        raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
+    unfinished.replace(target)
+    return target
+
+
+def check_references(service: ModelService, folder: Path) -> float:
+    """Replay the reference recordings; returns the largest |dp|. Raises BuildError when one is off by more than
+    TOLERANCE, when a recording is not the one that was measured, or when the probabilities barely vary."""
+    entries = json.loads((folder / "references.json").read_text(encoding="utf-8"))
+    worst, failures = 0.0, []
+    for entry in entries:
+        audio = (folder / entry["file"]).read_bytes()
+        if hashlib.sha256(audio).hexdigest() != entry["sha256"]:
+            raise BuildError(f"reference {entry['file']} is not the recording that was evaluated ({entry['source']})")
+        ((probability, _, _),) = service.score([audio])
+        difference = abs(probability - entry["probability"])
+        worst = max(worst, difference)
+        if not difference <= TOLERANCE:
+            failures.append(f"  {entry['source']}: {entry['probability']:.6f} evaluated, {probability:.6f} now")
+    if failures:
+        raise BuildError(
+            f"{len(failures)} of {len(entries)} references are off by more than {TOLERANCE}; the weights, the libraries or "
+            "the code differ from the evaluation's:\n" + "\n".join(failures)
+        )
+    probabilities = [entry["probability"] for entry in entries]
+    spread = max(probabilities) - min(probabilities)
+    if not spread >= MIN_REFERENCE_SPREAD:
+        raise BuildError(
+            f"the references' probabilities span only {spread:.4f} (from {min(probabilities):.4f} to {max(probabilities):.4f}, "
+            f"expected at least {MIN_REFERENCE_SPREAD}): the network looks untrained; is this the trained checkpoint?"
+        )
+    return worst
+
+
+def _check_pipeline(wanted: Pipeline, trained: Pipeline) -> None:
+    if wanted.fingerprint != trained.fingerprint:
+        differences = "\n".join(f"  {d}" for d in wanted.diff(trained))
+        raise BuildError(
+            "the checkpoint was trained with another pipeline than the archive defines ('here': the archive, 'there': "
+            f"the checkpoint):\n{differences}"
+        )
+
+
+def _git_commit() -> str:
+    """The commit the code is at, "-dirty" when tracked files differ from it, "unknown" outside a git checkout."""
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def _archive_directory(staged: Path, name: str, version: str, scratch: Path) -> Path:
+    """Let torch-model-archiver lay out the archive, unzipped."""
+    weights, config = staged / "weights.safetensors", staged / "model-config.yaml"
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--archive-format", "no-archive"]
+    command += ["--model-name", name, "--version", version, "--handler", str(staged / "handler" / "entry.py")]
+    command += ["--serialized-file", str(weights), "--config-file", str(config), "--export-path", str(scratch)]
+    command += ["--extra-files", str(staged)]
+    # It gathers its files in TMPDIR/NAME, which two builds at once must not share.
+    temporary = scratch / "tmp"
+    temporary.mkdir()
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={"TMPDIR": str(temporary)})
+    if result.returncode != 0:
+        raise BuildError(f"torch-model-archiver failed:\n{result.stdout}{result.stderr}")
+    return scratch / name
+
+
+def _zip_reproducibly(folder: Path, target: Path) -> None:
+    """Zip in sorted order with a fixed date; the manifest's creation time goes."""
+    manifest_path = folder / "MAR-INF" / "MANIFEST.json"
+    manifest: dict[str, Any] = json.loads(manifest_path.read_text(encoding="utf-8"))
+    manifest.pop("createdOn", None)
+    manifest_path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
+            info.external_attr = 0o644 << 16
+            # Weights do not compress; storing them keeps building and loading fast.
+            stored = path.suffix == ".safetensors"
+            info.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
+            archive.writestr(info, path.read_bytes())

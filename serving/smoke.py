@@ -1,0 +1,144 @@
+"""Send the archive's reference recordings to a running server, by every path, and compare probabilities."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from handler.decisions import build_decision
+from handler.decisions.bag_threshold import BagThreshold
+from serving.build import TOLERANCE
+from serving.client import Answer, Client
+from serving.errors import UsageError
+from serving.server import Server
+
+# Enough requests at once for batches to form, few enough for a small machine's queue.
+_CONCURRENCY = 8
+
+
+@dataclass(frozen=True)
+class References:
+    """What an archive promises: recordings, and the probability each must get."""
+
+    decision: BagThreshold
+    entries: list[dict[str, Any]]
+    audio: list[bytes]
+    fingerprint: str
+
+    @classmethod
+    def from_archive(cls, path: Path) -> References:
+        """Read them out of a .mar file."""
+        with zipfile.ZipFile(path) as archive:
+            entries = json.loads(archive.read("references/references.json"))
+            config = yaml.safe_load(archive.read("model-config.yaml"))
+            return cls(
+                build_decision(config["decision"]),
+                entries,
+                [archive.read(f"references/{entry['file']}") for entry in entries],
+                json.loads(archive.read("metrics.json"))["pipeline_fingerprint"],
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One path's result. max_dp is NaN when an answer was no prediction; problems says why."""
+
+    path: str
+    clips: int
+    max_dp: float
+    flips: int
+    p50_ms: float
+    p95_ms: float
+    problems: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems and self.max_dp <= TOLERANCE
+
+
+def smoke_test(server: Server, model: str, version: str | None = None) -> list[Row]:
+    """One row for each way to ask: REST raw body, REST multipart and gRPC, the default and the versioned path, one at
+    a time and concurrently. Only the default version is asked for by the default path.
+
+    Raises UsageError when the model or the version is not registered.
+    """
+    registered = {m["version"]: m for m in server.models() if m["name"] == model}
+    if not registered:
+        raise UsageError(f"no model '{model}' is registered; register one with scripts/register.py")
+    default = next((v for v, m in registered.items() if m["default"]), None)
+    version = version or default
+    if version not in registered:
+        raise UsageError(f"{model} has no version {version}; registered: {', '.join(sorted(registered))}")
+    with Client(server) as client:
+        archive = client.describe(model, version, customized=False)["modelUrl"]
+        references = References.from_archive(server.model_store / archive)
+        return [
+            _measure(name, send, references, version, workers)
+            for name, send, workers in tqdm(list(_paths(client, model, version, version == default)), desc="smoke test")
+        ]
+
+
+def _paths(
+    client: Client, model: str, version: str, is_default: bool
+) -> Iterator[tuple[str, Callable[[bytes], Answer], int]]:
+    kinds = {
+        "REST body": client.predict_rest,
+        "REST multipart": partial(client.predict_rest, multipart=True),
+        "gRPC": client.predict_grpc,
+    }
+    for kind, send in kinds.items():
+        for asked in ([None] if is_default else []) + [version]:
+            for workers in (1, _CONCURRENCY):
+                how = "one at a time" if workers == 1 else f"{workers} at once"
+                where = f"version {asked}" if asked else "default"
+                yield f"{kind}, {where}, {how}", partial(send, model, version=asked), workers
+
+
+def _measure(path: str, send: Callable[..., Answer], references: References, version: str, workers: int) -> Row:
+    with ThreadPoolExecutor(workers) as pool:
+        answers = list(pool.map(send, references.audio))
+    differences, flips, problems = [], 0, []
+    decision = references.decision
+    for entry, answer in zip(references.entries, answers, strict=True):
+        if answer.status != 200:
+            problems.append(f"{entry['file']}: {answer.status} {answer.body.get('message')}")
+            continue
+        body = answer.body
+        differences.append(abs(body[decision.score_field] - entry["probability"]))
+        flips += body[decision.positive_field] != (entry["probability"] > body["threshold_used"])
+        served = (body["model_version"], body["pipeline_fingerprint"])
+        if served != (version, references.fingerprint):
+            problems.append(f"{entry['file']}: answered by version {served[0]}, pipeline {served[1][:12]}")
+    milliseconds = [1000 * answer.seconds for answer in answers]
+    return Row(
+        path,
+        len(answers),
+        max(differences) if len(differences) == len(answers) else float("nan"),
+        flips,
+        float(np.percentile(milliseconds, 50)),
+        float(np.percentile(milliseconds, 95)),
+        tuple(problems),
+    )
+
+
+def as_table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    width = max(len(row.path) for row in rows)
+    lines = [f"{'path':{width}}  clips  max |dp|  flips  p50 ms  p95 ms"]
+    for row in rows:
+        lines.append(
+            f"{row.path:{width}}  {row.clips:5}  {row.max_dp:8.1e}  {row.flips:5}  {row.p50_ms:6.0f}  {row.p95_ms:6.0f}"
+            + ("" if row.passed else "  FAILED")
+        )
+        lines += [f"    {problem}" for problem in row.problems]
+    return "\n".join(lines)

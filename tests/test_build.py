@@ -1,0 +1,166 @@
+"""Building an archive: what is in it, that it runs without TorchServe, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from serving.build import BuildError, build_archive
+from tests.conftest import ROOT, Demonstration, run_script
+from training.checkpoint import CheckpointError, file_digest, load_checkpoint
+
+COUGH = ROOT / "archive" / "cough"
+
+
+def build(demonstration: Demonstration, out: Path, **changes) -> Path:
+    arguments = {"archive": COUGH, "checkpoint_path": demonstration.checkpoint, "evaluation": demonstration.evaluation}
+    return build_archive(**(arguments | {"version": "1.0", "out": out} | changes))
+
+
+def test_the_same_inputs_give_the_same_bytes(demonstration: Demonstration, tmp_path: Path):
+    assert build(demonstration, tmp_path).read_bytes() == demonstration.archive.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["cough-1.0.mar"]
+
+
+def test_archive_carries_everything_the_number_depends_on(demonstration: Demonstration):
+    with zipfile.ZipFile(demonstration.archive) as archive:
+        names = set(archive.namelist())
+        metrics = json.loads(archive.read("metrics.json"))
+        manifest = json.loads(archive.read("MAR-INF/MANIFEST.json"))
+    assert {"entry.py", "handler/pipeline.py", "pipeline.yaml", "model-config.yaml", "weights.safetensors"} <= names
+    assert "references/references.json" in names
+    assert not [n for n in names if "__pycache__" in n or n.endswith((".pth", ".pt", ".pkl"))]
+    assert manifest["model"]["modelVersion"] == metrics["model_version"] == "1.0"
+    assert metrics["checkpoint_sha256"] == file_digest(demonstration.checkpoint)
+    assert set(metrics["library_versions"]) >= {"torch", "torchaudio", "numpy", "soundfile", "av"}
+
+
+_STANDALONE = """
+import json, sys, torch
+from handler.service import ModelService
+from handler.request import Request
+assert not [m for m in sys.modules if m == "ts" or m.startswith("ts.")]
+service = ModelService.load(".", torch.device("cpu"))
+entries = json.load(open("references/references.json"))
+audio = [open("references/" + e["file"], "rb").read() for e in entries]
+batch = service.predict([Request(a) for a in audio] + [Request(b"no audio")])
+alone = [service.predict([Request(a)])[0] for a in audio]
+assert batch[-1].status == 415, batch[-1]
+print(json.dumps([[e["probability"], b.body["file_probability"], a.body["file_probability"]]
+                  for e, b, a in zip(entries, batch, alone)]))
+"""
+
+
+def test_unpacked_archive_runs_without_torchserve(demonstration: Demonstration, tmp_path: Path):
+    with zipfile.ZipFile(demonstration.archive) as archive:
+        archive.extractall(tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-c", _STANDALONE], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert len(rows) == 8
+    for reference, batched, alone in rows:
+        assert alone == pytest.approx(reference, abs=1e-6)
+        assert batched == pytest.approx(reference, abs=1e-6)
+
+
+def edited_checkpoint(demonstration: Demonstration, tmp_path: Path, change) -> tuple[Path, Path]:
+    """A changed checkpoint, and an evaluation that claims to be of it."""
+    checkpoint = load_checkpoint(demonstration.checkpoint)
+    change(checkpoint)
+    path = tmp_path / "edited.pth"
+    torch.save(checkpoint, path)
+    evaluation = tmp_path / "evaluation"
+    shutil.copytree(demonstration.evaluation, evaluation)
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    (evaluation / "metrics.json").write_text(json.dumps(metrics | {"checkpoint_sha256": file_digest(path)}))
+    return path, evaluation
+
+
+def refused(demonstration: Demonstration, tmp_path: Path, message: str, error=BuildError, **changes) -> None:
+    with pytest.raises(error, match=message):
+        build(demonstration, tmp_path / "out", **changes)
+    out = tmp_path / "out"
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_refuses_another_pipeline(demonstration: Demonstration, tmp_path: Path):
+    archive = tmp_path / "cough"
+    shutil.copytree(COUGH, archive)
+    text = (archive / "pipeline.yaml").read_text().replace("cutoff_hz: 50.0", "cutoff_hz: 80.0")
+    (archive / "pipeline.yaml").write_text(text)
+    refused(demonstration, tmp_path, r"highpass.cutoff_hz: 80.0 here, 50.0 there", archive=archive)
+    result = run_script(
+        *("build_archive", "--archive", archive, "--checkpoint", demonstration.checkpoint),
+        *("--evaluation", demonstration.evaluation, "--version", "2.0", "--out", tmp_path / "out"),
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "highpass.cutoff_hz" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_refuses_missing_and_unexpected_keys(demonstration: Demonstration, tmp_path: Path):
+    def rename(checkpoint):
+        weights = checkpoint["model_state_dict"]
+        weights["seg_head.kernel"] = weights.pop("seg_head.weight")
+
+    path, evaluation = edited_checkpoint(demonstration, tmp_path, rename)
+    message = r"1 missing \(seg_head.weight\); 1 unexpected \(seg_head.kernel\)"
+    refused(demonstration, tmp_path, message, CheckpointError, checkpoint_path=path, evaluation=evaluation)
+
+
+def test_refuses_weights_that_give_other_numbers(demonstration: Demonstration, tmp_path: Path):
+    def nudge(checkpoint):
+        checkpoint["model_state_dict"]["bag_head.4.bias"] += 0.01
+
+    path, evaluation = edited_checkpoint(demonstration, tmp_path, nudge)
+    refused(demonstration, tmp_path, "references are off by more than", checkpoint_path=path, evaluation=evaluation)
+
+
+def test_refuses_an_evaluation_of_another_checkpoint(demonstration: Demonstration, tmp_path: Path):
+    path = tmp_path / "other.pth"
+    torch.save(load_checkpoint(demonstration.checkpoint) | {"epoch": 99}, path)
+    refused(demonstration, tmp_path, "measured another checkpoint", checkpoint_path=path)
+
+
+def test_refuses_an_untrained_network(demonstration: Demonstration, tmp_path: Path):
+    def forget(checkpoint):
+        weights = checkpoint["model_state_dict"]
+        # What a fresh head does: it hardly depends on the features.
+        weights["bag_head.4.weight"] *= 1e-3
+
+    path, _ = edited_checkpoint(demonstration, tmp_path, forget)
+    evaluation = tmp_path / "measured"
+    run_script("evaluate", "--checkpoint", path, "--manifest", demonstration.manifest, "--out", evaluation)
+    refused(demonstration, tmp_path, "looks untrained", checkpoint_path=path, evaluation=evaluation)
+
+
+def test_refuses_to_replace_a_different_archive(demonstration: Demonstration, tmp_path: Path):
+    target = tmp_path / "cough-1.0.mar"
+    target.write_bytes(b"another")
+    with pytest.raises(BuildError, match="exists and differs"):
+        build(demonstration, tmp_path)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"another"]
+    assert build(demonstration, tmp_path, force=True).read_bytes() == demonstration.archive.read_bytes()
+
+
+@pytest.mark.parametrize("version", ["", "1/0", "../1", "v 1"])
+def test_refuses_a_version_that_is_no_file_name(demonstration: Demonstration, tmp_path: Path, version: str):
+    refused(demonstration, tmp_path, "version is", version=version)
+
+
+def test_pipeline_file_in_the_archive_is_the_definition(demonstration: Demonstration):
+    with zipfile.ZipFile(demonstration.archive) as archive:
+        packed = yaml.safe_load(archive.read("pipeline.yaml"))
+    assert packed["name"] == "cough"
+    assert [next(iter(s)) for s in packed["stages"]][:3] == ["decode", "peak_normalize", "downmix"]
