@@ -1,27 +1,31 @@
 """Encoded audio to samples, in process, chosen by the bytes and never by a file's name.
 
-One container, one decoder: WAV, FLAC, Ogg, MP3 and AIFF are libsndfile's; MP4/M4A, WebM/Matroska and raw AAC are
-FFmpeg's (PyAV). There is no second try with the other one: two decoders of the same lossy file differ, and which of
-them made a number must not depend on chance.
+One container, one decoder: WAV, AIFF and Ogg Vorbis are libsndfile's; FLAC, MP3, Opus, M4A/AAC and WebM are FFmpeg's
+(PyAV), because libsndfile stops at a guessed length in an MP3 without a frame table, refuses a FLAC written to a pipe,
+and decodes Opus at less than its 48 kHz. There is no second try with the other one: two decoders of the same lossy file
+differ, and which of them made a number must not depend on chance.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import av
 import numpy as np
 import soundfile
 import torch
 
-from handler.stages.stage import InputError, Payload, Signal, Stage
+from handler.stages.stage import InputError, Payload, Signal, Stage, Tolerance
 
 FORMATS = "WAV, FLAC, Ogg, MP3, AIFF, M4A/AAC or WebM"
 _BLOCK_FRAMES = 65536
+_MP3_TABLE_WITHIN = 4096  # bytes; behind the ID3 tag, which is short in files that programs write
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,15 @@ class Decode(Stage, name="decode"):
     block, so memory does not grow with the recording's length.
 
     Facts added, all about the whole recording: `peak` (largest absolute sample over all channels), `num_samples`
-    (per channel), `source_rate` (Hz), `duration_s`, `complete` (False when only a head was kept).
+    (per channel, at the signal's rate), `duration_s`, `complete` (False when only a head was kept).
 
     Raises InputError: "unsupported" for bytes that are no audio format read here; "malformed" for an empty,
     truncated, damaged or non-finite recording; "too_large" for one longer than `Payload.max_duration_s`.
     """
+
+    tolerance: ClassVar[Tolerance] = Tolerance(
+        1e-6, 1e-4, "of full scale", "PCM is exact, lossy codecs differ in last bits between processors"
+    )
 
     def __call__(self, signal: Signal) -> Signal:
         payload: Payload = signal.data
@@ -49,8 +57,10 @@ class Decode(Stage, name="decode"):
             for rate, block in reader(payload.data, container):
                 limit = payload.head_s(rate)
                 keep = block.shape[1] if math.isinf(limit) else max(0, math.ceil(limit * rate) - kept)
-                head.append(block[:, :keep])
-                kept += head[-1].shape[1]
+                if keep:
+                    # A copy: a view, however small, would keep its whole block in memory.
+                    head.append(block[:, :keep].copy())
+                    kept += head[-1].shape[1]
                 count += block.shape[1]
                 if block.size:
                     # A NaN or an infinity anywhere makes the maximum non-finite.
@@ -75,13 +85,12 @@ class Decode(Stage, name="decode"):
             rate=rate,
             peak=peak,
             num_samples=count,
-            source_rate=rate,
             duration_s=count / rate,
             complete=kept == count,
         )
 
 
-_SNDFILE = ("WAV", "FLAC", "Ogg", "MP3", "AIFF")
+_SNDFILE = ("WAV", "AIFF", "Ogg")
 
 
 def identify(data: bytes) -> str:
@@ -95,7 +104,7 @@ def identify(data: bytes) -> str:
     if data[:4] == b"fLaC":
         return "FLAC"
     if data[:4] == b"OggS":
-        return "Ogg"
+        return "Opus" if data[28:36] == b"OpusHead" else "Ogg"
     if data[4:8] == b"ftyp":
         return "MP4"
     if data[:4] == b"\x1a\x45\xdf\xa3":
@@ -111,8 +120,8 @@ def identify(data: bytes) -> str:
 
 def _read_sndfile(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
     """Blocks of `(rate, float32 (channels, frames))` by libsndfile."""
-    if container == "WAV":
-        _check_riff_complete(data)
+    if container in ("WAV", "AIFF"):
+        _check_riff_complete(data, container)
     if container == "Ogg":
         _check_ogg_complete(data)
     with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -124,68 +133,77 @@ def _read_sndfile(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray
             raise InputError(f"the {container} data is truncated: {read} of {file.frames} frames; send the whole file")
 
 
-def _check_riff_complete(data: bytes) -> None:
-    """libsndfile quietly reads what is there of a WAV file whose data chunk is cut short."""
+def _check_riff_complete(data: bytes, container: str) -> None:
+    """libsndfile quietly reads what is there of a WAV or AIFF file whose chunk of samples is cut short."""
     position = 12
     while position + 8 <= len(data):
-        name, size = struct.unpack_from("<4sI", data, position)
-        if name == b"data":
-            # 0 and 0xFFFFFFFF stand for "unknown", written by programs that stream to a pipe; RF64 says it elsewhere.
+        name, size = struct.unpack_from("<4sI" if container == "WAV" else ">4sI", data, position)
+        if name == (b"data" if container == "WAV" else b"SSND"):
+            # 0xFFFFFFFF stands for "unknown", written by programs that stream to a pipe; RF64 says it elsewhere.
             if size != 0xFFFFFFFF and position + 8 + size > len(data):
                 have = len(data) - position - 8
-                raise InputError(f"the WAV data is truncated: {have} of {size} bytes of samples; send the whole file")
+                raise InputError(
+                    f"the {container} data is truncated: {have} of {size} bytes of samples; send the whole file"
+                )
             return
         position += 8 + size + size % 2
-    raise InputError("the WAV data has a header but no samples; record or export it again")
+    raise InputError(f"the {container} data has a header but no samples; record or export it again")
 
 
 def _check_ogg_complete(data: bytes) -> None:
-    """libsndfile quietly leaves out an Ogg page that is cut short."""
+    """Decoders quietly leave out the end of an Ogg stream whose last page is missing or cut short."""
     page = data.rfind(b"OggS")
     if page + 27 <= len(data):
         segments = data[page + 26]
         body = page + 27 + segments
-        if body <= len(data) and body + sum(data[page + 27 : body]) <= len(data):
+        # Header type 4 marks a stream's last page (RFC 3533).
+        if data[page + 5] & 4 and body <= len(data) and body + sum(data[page + 27 : body]) <= len(data):
             return
     raise InputError("the Ogg data is truncated: its last page is incomplete; send the whole file")
 
 
 def _read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
     """Blocks of `(rate, float32 (channels, frames))` by FFmpeg's demuxers and decoders."""
-    with av.open(io.BytesIO(data)) as file:
-        if not file.streams.audio:
-            raise InputError(f"the {container} data has no audio track; send a file with one")
+    if container == "Opus":
+        _check_ogg_complete(data)
+    with av.open(io.BytesIO(data), metadata_errors="replace") as file:
+        if not file.streams.audio or file.streams.audio[0].codec_context is None:
+            raise InputError(f"the {container} data has no audio track that can be read; send a file with one")
         stream = file.streams.audio[0]
-        rate, channels, read = stream.rate, stream.channels, 0
+        rate, channels, end = stream.rate, stream.channels, 0.0
+        # Converts the sample type only: interleaved float32, full scale 1.0.
+        to_float = av.AudioResampler(format="flt")
         for frame in file.decode(stream):
             if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
                 raise InputError(f"the {container} data changes its rate or channels midway; send it as WAV")
-            block = _to_float(frame)
-            read += block.shape[1]
-            yield rate, block
-        # Files made while recording state no duration; those that do are held to it, give or take codec padding.
-        if file.duration is not None and container != "AAC":
-            stated = file.duration / av.time_base
-            if read / rate < stated - 0.1:
-                raise InputError(
-                    f"the {container} data is truncated: {read / rate:.2f} of {stated:.2f} s; send the whole file"
-                )
+            for part in to_float.resample(frame):
+                block = part.to_ndarray().reshape(-1, channels).T
+                if container == "MP4" and frame.duration:
+                    # What the file's own table of durations leaves out is the codec's padding.
+                    block = block[:, : round(frame.duration * frame.time_base * rate)]
+                if frame.pts is not None:
+                    end = float(frame.pts * frame.time_base) + block.shape[1] / rate
+                yield rate, block
+        stated = _stated_end(file, stream, data, container)
+        # WebM may count the codec's padding; the others round to milliseconds, and a lost frame is ten of them.
+        if stated is not None and end < stated - (0.1 if container == "WebM" else 0.002):
+            raise InputError(f"the {container} data is truncated: {end:.2f} of {stated:.2f} s; send the whole file")
 
 
-# Full scale of FFmpeg's sample types, as (offset, factor) to float.
-_SAMPLE_TYPES = {
-    "u8": (128.0, 2.0**-7),
-    "s16": (0.0, 2.0**-15),
-    "s32": (0.0, 2.0**-31),
-    "flt": (0.0, 1.0),
-    "dbl": (0.0, 1.0),
-}
-
-
-def _to_float(frame: av.AudioFrame) -> np.ndarray:
-    """A decoded frame as float32 `(channels, frames)`, full scale 1.0."""
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    offset, factor = _SAMPLE_TYPES[frame.format.name.removesuffix("p")]
-    return ((samples - offset) * factor).astype(np.float32) if factor != 1.0 else samples.astype(np.float32)
+def _stated_end(file: av.container.InputContainer, stream: av.AudioStream, data: bytes, container: str) -> float | None:
+    """When the sound ends by the file's own account, in seconds; None where it gives none, as live recordings do."""
+    if container == "WebM":
+        if stated := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+            hours, minutes, seconds = map(float, stated.groups())
+            return hours * 3600 + minutes * 60 + seconds
+        return None if file.duration is None else file.duration / av.time_base
+    if container in ("AAC", "Opus"):
+        return None
+    if container == "MP3":
+        # Without the first frame's table (its flag 1: a count of frames follows) the duration is guessed from bit rate.
+        table = re.search(rb"(?:Xing|Info)...(.)(.{4})", data[:_MP3_TABLE_WITHIN], re.DOTALL)
+        if table is None or not table[1][0] & 1 or table[2] == bytes(4):
+            return None
+    if stream.duration is None:
+        return None
+    return float((stream.duration + (stream.start_time or 0)) * stream.time_base)

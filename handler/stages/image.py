@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from handler.stages.stage import Signal, Stage
+from handler.stages.stage import Signal, Stage, Tolerance
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -15,6 +15,10 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 @dataclass(frozen=True)
 class Quantize(Stage, name="quantize"):
     """Round to a narrower floating-point type, as a training cache on disk does. The output has that type."""
+
+    tolerance: ClassVar[Tolerance] = Tolerance(
+        1.4e-4, 0.013, "of [-1, 1]", "a value near a step may round to the next float16"
+    )
 
     dtype: Literal["float16"]
 
@@ -25,6 +29,8 @@ class Quantize(Stage, name="quantize"):
 @dataclass(frozen=True)
 class Replicate(Stage, name="replicate"):
     """Repeat a one-channel image: `(S, H, W) -> (S, channels, H, W)`."""
+
+    tolerance: ClassVar[Tolerance] = Tolerance(1.4e-4, 0.013, "of [-1, 1]", "copies")
 
     channels: int
 
@@ -43,6 +49,8 @@ class Standardize(Stage, name="standardize"):
     in the result.
     """
 
+    tolerance: ClassVar[Tolerance] = Tolerance(3e-4, 0.03, "of the network's input", "scaled decibels times 2.2")
+
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_range: tuple[float, ...] = (-1.0, 1.0)
@@ -50,6 +58,7 @@ class Standardize(Stage, name="standardize"):
 
     def __post_init__(self):
         self.require(len(self.mean) == len(self.std), f"{len(self.mean)} means but {len(self.std)} standard deviations")
+        self.require(len(self.std) > 0, "mean and std are empty, expected one number per channel")
         self.require(min(self.std) > 0, f"std is {list(self.std)}, expected positive numbers")
         low_high = len(self.input_range) == 2 and self.input_range[0] < self.input_range[1]
         self.require(low_high, f"input_range is {list(self.input_range)}, expected [low, high]")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 
-from handler.stages.stage import InputError, Signal, Stage
+from handler.stages.stage import InputError, Signal, Stage, Tolerance
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,13 @@ class Segment(Stage, name="segment"):
     """Windows of `duration_s` every `hop_s`, at most the first `max_segments`: `(1, N) -> (S, samples)`.
 
     tail "drop" keeps only windows that fit; "pad" keeps every window that starts inside the recording and
-    zero-pads it. Either way a recording shorter than one window becomes one zero-padded window.
+    zero-pads it. With "drop", a recording shorter than one window becomes one zero-padded window.
 
     Facts added: `segment_times_s` (start and end of each window), `analyzed_s` (end of the last one, at most the
     recording's duration), `truncated` (True when `max_segments` left windows out).
     """
+
+    tolerance: ClassVar[Tolerance] = Tolerance(3e-5, 3e-4, "of full scale", "copies the filter's output")
 
     duration_s: float
     hop_s: float
@@ -39,9 +41,7 @@ class Segment(Stage, name="segment"):
             )
         window, hop = int(self.duration_s * signal.rate), int(self.hop_s * signal.rate)
         duration_s = signal.facts["duration_s"]
-        total = signal.data.shape[1]
-        if not signal.facts["complete"]:
-            total = math.ceil(signal.facts["num_samples"] * signal.rate / signal.facts["source_rate"])
+        total = signal.facts["num_samples"]
         if self.tail == "drop":
             fitting = max(1, 1 + (total - window) // hop)
         else:

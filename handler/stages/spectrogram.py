@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 import torchaudio.functional as AF
 
-from handler.stages.stage import Signal, Stage
+from handler.stages.stage import Signal, Stage, Tolerance
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Mel(Stage, name="mel"):
     mel = 2595 log10(1 + f / 700) (Young et al., "The HTK Book"). norm "none" keeps every triangle's height at 1.
     `rate` is the sampling rate the filterbank is computed for; 0 means the waveform's own.
     """
+
+    tolerance: ClassVar[Tolerance] = Tolerance(
+        1e-6, 1e-4, "of the largest power", "a float32 Fourier transform", relative=True
+    )
 
     n_fft: int
     win_length: int
@@ -80,6 +84,10 @@ class Decibel(Stage, name="decibel"):
     a recording to one another.
     """
 
+    tolerance: ClassVar[Tolerance] = Tolerance(
+        5e-3, 0.5, "dB", "the logarithm magnifies float32 rounding in near-silent bins"
+    )
+
     top_db: float
     amin: float = 1e-10
     max_over: Literal["segment", "recording"] = "segment"
@@ -99,6 +107,8 @@ class Decibel(Stage, name="decibel"):
 class Scale(Stage, name="scale"):
     """Map [`low`, `high`] linearly onto `to`, clamping what lies outside."""
 
+    tolerance: ClassVar[Tolerance] = Tolerance(1.3e-4, 0.013, "of [-1, 1]", "decibels over 40")
+
     low: float
     high: float
     to: tuple[float, ...]
@@ -117,6 +127,8 @@ class Letterbox(Stage, name="letterbox"):
     """Fit `(S, H, W)` into a `size` x `size` square, keeping the aspect ratio: bilinear (half-pixel centres, no
     antialiasing), then centred on `pad_value`; an odd pixel goes to the right and the bottom."""
 
+    tolerance: ClassVar[Tolerance] = Tolerance(1.3e-4, 0.013, "of [-1, 1]", "interpolates the scaled decibels")
+
     size: int
     pad_value: float
 
@@ -124,7 +136,8 @@ class Letterbox(Stage, name="letterbox"):
         self.require(self.size > 0, f"size is {self.size}, expected a positive number of pixels")
 
     def __call__(self, signal: Signal) -> Signal:
-        height, width = signal.data.shape[-2:]
+        # Plain numbers, also where the stage is traced into a graph.
+        height, width = map(int, signal.data.shape[-2:])
         scale = min(self.size / height, self.size / width)
         new_h, new_w = round(height * scale), round(width * scale)
         data = F.interpolate(signal.data.unsqueeze(1), size=(new_h, new_w), mode="bilinear", align_corners=False)

@@ -60,6 +60,20 @@ class Signal:
         return Signal(data, self.rate if rate is None else rate, {**self.facts, **facts})
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a stage's output may be from its record when the whole pipeline is replayed elsewhere, and why that far.
+
+    mean, largest: of the absolute difference, in `unit`; with `relative`, as shares of the largest recorded value.
+    """
+
+    mean: float
+    largest: float
+    unit: str
+    why: str
+    relative: bool = False
+
+
 REGISTRY: dict[str, type[Stage]] = {}
 
 
@@ -68,11 +82,13 @@ class Stage:
     """A pure function with explicit parameters: `stage(signal) -> signal`.
 
     A subclass is a frozen dataclass whose fields are the parameters; naming it in the class statement
-    (`class Mel(Stage, name="mel")`) makes it available to pipeline files. A default is given only where it is the
+    (`class Mel(Stage, name="mel")`) makes it available to pipeline files, and `tolerance` says how exactly its output is
+    reproduced. A default is given only where it is the
     field's convention; the normalised pipeline spells every parameter out.
     """
 
     name: ClassVar[str] = ""
+    tolerance: ClassVar[Tolerance]
 
     def __init_subclass__(cls, name: str, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -94,7 +110,7 @@ class Stage:
     def from_params(cls, params: Mapping[str, Any]) -> Stage:
         """Build the stage from a pipeline file's parameters; raises PipelineError on any it does not know or lacks."""
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(params) - set(fields))
+        unknown = sorted(map(str, set(params) - set(fields)))
         if unknown:
             known = ", ".join(fields) or "none"
             raise PipelineError(f"stage '{cls.name}': unknown parameter {', '.join(unknown)}; it takes: {known}")
@@ -130,7 +146,9 @@ def _convert(stage: str, name: str, value: Any, annotation: Any) -> Any:
             raise PipelineError(f"stage '{stage}': {name} is {value!r}, expected one of: {choices}")
         return value
     if annotation is float and type(value) in (int, float):
-        return float(value)
+        if not math.isfinite(value):
+            raise PipelineError(f"stage '{stage}': {name} is {value!r}, expected a finite number")
+        return float(value) + 0.0
     if inspect.isclass(annotation) and type(value) is annotation:
         return value
     raise PipelineError(f"stage '{stage}': {name} is {value!r}, expected {annotation.__name__}")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
 import torchaudio.functional as AF
 import torchaudio.transforms as AT
 
-from handler.stages.stage import InputError, Signal, Stage
+from handler.stages.stage import InputError, Signal, Stage, Tolerance
 
 
 @dataclass(frozen=True)
 class PeakNormalize(Stage, name="peak_normalize"):
     """Divide by the largest absolute sample of the whole recording, over all channels. Silence stays silence."""
+
+    tolerance: ClassVar[Tolerance] = Tolerance(2e-6, 2e-4, "of full scale", "one float32 division")
 
     def __call__(self, signal: Signal) -> Signal:
         peak = signal.facts["peak"]
@@ -25,6 +28,8 @@ class PeakNormalize(Stage, name="peak_normalize"):
 @dataclass(frozen=True)
 class Downmix(Stage, name="downmix"):
     """Average the channels: `(C, N) -> (1, N)`. Mono passes through unchanged."""
+
+    tolerance: ClassVar[Tolerance] = Tolerance(2e-6, 2e-4, "of full scale", "a float32 mean")
 
     def __call__(self, signal: Signal) -> Signal:
         return signal.of(signal.data.mean(dim=0, keepdim=True) if signal.data.shape[0] > 1 else signal.data)
@@ -39,6 +44,8 @@ class Resample(Stage, name="resample"):
     N samples become ceil(N * rate / original rate), now and then one fewer (torchaudio rounds that in float32).
     Raises InputError for a rate that has too small a common divisor with `rate` to be resampled in bounded memory.
     """
+
+    tolerance: ClassVar[Tolerance] = Tolerance(2e-6, 2e-4, "of full scale", "float32 sums over the kernel")
 
     rate: int
     method: Literal["sinc_hann"] = "sinc_hann"
@@ -64,7 +71,10 @@ class Resample(Stage, name="resample"):
                 "unsupported",
             )
         resampler = _resampler(signal.rate, self.rate, self.lowpass_filter_width, self.rolloff)
-        return signal.of(resampler(signal.data), rate=self.rate)
+        # torchaudio's own length, rounded in float32, for the whole recording where only its head is here.
+        up, down = self.rate // divisor, signal.rate // divisor
+        total = int(torch.ceil(torch.as_tensor(up * signal.facts["num_samples"] / down)))
+        return signal.of(resampler(signal.data), rate=self.rate, num_samples=total)
 
     def needs(self, seconds: float, rate: int) -> float:
         # The kernel reaches `lowpass_filter_width` zero crossings ahead; two input samples more for rounding.
@@ -87,6 +97,10 @@ class Highpass(Stage, name="highpass"):
     Coefficients from R. Bristow-Johnson, "Cookbook formulae for audio EQ biquad filter coefficients". As in
     torchaudio's `lfilter`, the output is clamped to [-1, 1].
     """
+
+    tolerance: ClassVar[Tolerance] = Tolerance(
+        3e-5, 3e-4, "of full scale", "a recursive float32 filter is some 1e-5 from float64"
+    )
 
     cutoff_hz: float
     q: float = 0.707
