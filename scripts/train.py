@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=Config.weight_decay)
     parser.add_argument("--patience", type=int, default=Config.patience, help="epochs without a better validation AUC")
     parser.add_argument("--seed", type=int, default=Config.seed)
+    parser.add_argument(
+        "--segment-loss", type=float, default=Config.segment_loss, help="weight of the segment head's loss"
+    )
     parser.add_argument("--backbone-weights", default="", help="'imagenet', a ResNet-18 state-dict file, or nothing")
     parser.add_argument("--no-augmentation", dest="augmentation", action="store_false")
     parser.add_argument(

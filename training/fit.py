@@ -22,9 +22,10 @@ from tqdm import tqdm
 from handler.networks import build_network
 from handler.pipeline import Pipeline
 from handler.precision import NumericPolicy
+from handler.references import library_versions
 from training.augment import augment
 from training.cache import SpectrogramCache
-from training.checkpoint import CheckpointError, library_versions, load_checkpoint, save_checkpoint
+from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from training.manifest import Recording, manifest_digest, select
 
 Entry = tuple[Recording, Path]
@@ -33,7 +34,9 @@ Entry = tuple[Recording, Path]
 @dataclass(frozen=True)
 class Config:
     """The recipe. Everything here is stored in the checkpoint; two runs with equal configs give equal weights on one
-    machine. backbone_weights: "" (random), "imagenet" (torchvision downloads them) or a ResNet-18 state-dict file."""
+    machine. backbone_weights: "" (random), "imagenet" (torchvision downloads them) or a ResNet-18 state-dict file.
+    segment_loss: weight of a second loss on a recording's highest segment logit (max-pooling multiple-instance
+    learning), beside the one on its bag logit; without it nothing trains the segment head."""
 
     epochs: int = 20
     batch_size: int = 8
@@ -41,10 +44,13 @@ class Config:
     weight_decay: float = 1e-4
     patience: int = 5
     seed: int = 42
+    segment_loss: float = 0.5
     augmentation: bool = True
     backbone_weights: str = ""
 
     def __post_init__(self):
+        if self.segment_loss < 0:
+            raise ValueError(f"segment_loss is {self.segment_loss}, expected 0 or more")
         if self.epochs < 1 or self.batch_size < 2 or self.patience < 1:
             raise ValueError(
                 f"epochs {self.epochs}, batch_size {self.batch_size}, patience {self.patience}: expected at least 1, 2 and 1"
@@ -193,8 +199,10 @@ def _train_epoch(
             items.append(cache.finish(spectrograms))
         x, mask = _collate(items, device)
         labels = torch.tensor([float(entries[i][0].label) for i in indices], device=device)
-        *_, bag_logit = network(x, mask)
+        _, _, segment_logits, bag_logit = network(x, mask)
+        highest = segment_logits.masked_fill(~mask, -torch.inf).amax(dim=1)
         loss = F.binary_cross_entropy_with_logits(bag_logit, labels, pos_weight=pos_weight)
+        loss = loss + config.segment_loss * F.binary_cross_entropy_with_logits(highest, labels, pos_weight=pos_weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
