@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from handler.decisions import build_decision
 from handler.decisions.bag_threshold import BagThreshold
-from handler.networks import build_network
 from handler.pipeline import Pipeline
 from handler.precision import NumericPolicy
+from handler.references import SelfTest, self_test
 from handler.request import Limits, Request, RequestError
-from handler.runtimes import EagerRuntime
+from handler.runtimes import Runtime, load_runtime
 from handler.stages import InputError, Signal
 
 _log = logging.getLogger(__name__)
@@ -47,34 +46,37 @@ class ModelService:
     """A pipeline, a network behind a runtime, and a decision, with the metrics that belong to them."""
 
     pipeline: Pipeline
-    runtime: EagerRuntime
+    runtime: Runtime
     decision: BagThreshold
     metrics: Mapping[str, Any]
     policy: NumericPolicy = NumericPolicy()
     limits: Limits = Limits()
+    proof: SelfTest | None = None
 
     @classmethod
     def load(cls, archive_dir: str | Path, device: torch.device) -> ModelService:
-        """Load an unpacked archive onto a device and put its numeric policy in force.
+        """Load an unpacked archive onto a device, put its numeric policy in force, and prove it by its references.
 
-        Raises ValueError when the parts of the archive do not belong together: another pipeline than its metrics
-        were measured with, or weights that do not fit the network.
+        Raises SelfTestError when it does not reproduce them, ValueError when its parts do not fit together.
         """
+        service = cls.unproven(archive_dir, device)
+        return replace(service, proof=self_test(service, Path(archive_dir)))
+
+    @classmethod
+    def unproven(cls, archive_dir: str | Path, device: torch.device) -> ModelService:
+        """As `load`, without the replay: for whoever is about to record the references."""
         root = Path(archive_dir)
         config = yaml.safe_load((root / "model-config.yaml").read_text(encoding="utf-8"))
-        metrics = json.loads((root / "metrics.json").read_text(encoding="utf-8"))
-        pipeline = Pipeline.from_yaml(root / "pipeline.yaml")
-        if pipeline.fingerprint != metrics["pipeline_fingerprint"]:
-            raise ValueError(
-                f"pipeline.yaml has fingerprint {pipeline.fingerprint[:12]}, but this archive was built and measured with "
-                f"{metrics['pipeline_fingerprint'][:12]}; build the archive again"
-            )
         policy = NumericPolicy(**config["precision"])
         policy.apply()
-        network = build_network(config["network"])
-        network.load_state_dict(load_file(root / "weights.safetensors"), strict=True)
-        runtime = EagerRuntime(network, device, **config["runtime"]["eager"])
-        return cls(pipeline, runtime, build_decision(config["decision"]), metrics, policy, Limits(**config["limits"]))
+        return cls(
+            pipeline=Pipeline.from_yaml(root / "pipeline.yaml"),
+            runtime=load_runtime(config, root, device),
+            decision=build_decision(config["decision"]),
+            metrics=json.loads((root / "metrics.json").read_text(encoding="utf-8")),
+            policy=policy,
+            limits=Limits(**config["limits"]),
+        )
 
     @property
     def threshold(self) -> float:
@@ -105,8 +107,10 @@ class ModelService:
             "threshold": self.threshold,
             "pipeline": self.pipeline.to_dict(),
             "pipeline_fingerprint": self.pipeline.fingerprint,
+            "runtime": {k: getattr(self.runtime, k) for k in ("name", "precision", "tier", "tolerance")},
             "precision": self.policy.report(self.runtime.device),
-            "limits": vars(self.limits),
+            "limits": asdict(self.limits),
+            "self_test": asdict(self.proof) if self.proof else None,
         }
 
     def _prepare(self, request: Request | RequestError) -> Signal | RequestError:
@@ -129,5 +133,8 @@ class ModelService:
                 **self.decision(outputs, signal.facts, threshold),
                 "model_version": self.metrics["model_version"],
                 "pipeline_fingerprint": self.pipeline.fingerprint,
+                "runtime": self.runtime.name,
+                "precision": self.runtime.precision,
+                "tier": self.runtime.tier,
             },
         )

@@ -56,7 +56,7 @@ def _clipped(rng: np.random.RandomState, rate: int) -> np.ndarray:
 def _speech_band(rng: np.random.RandomState, rate: int) -> np.ndarray:
     sos = scipy.signal.butter(4, (300, 3400), "bandpass", fs=rate, output="sos")
     x = scipy.signal.sosfilt(sos, rng.randn(int(SECONDS * rate)))
-    return 0.3 * x / np.abs(x).max()
+    return 0.3 * x / np.abs(x).max() + _FLOOR * rng.randn(len(x))
 
 
 def _offset_and_rumble(rng: np.random.RandomState, rate: int) -> np.ndarray:

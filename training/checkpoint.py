@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint that loads without running code: {error}") from error
     missing = [k for k in _KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}: it was not written by scripts/train.py")
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)}: it was not written by scripts/train.py; scripts/import_checkpoint.py imports others"
+        )
     pipeline = Pipeline.from_dict(checkpoint["pipeline"])
     if pipeline.fingerprint != checkpoint["pipeline_fingerprint"]:
         raise CheckpointError(f"{path}: its pipeline does not have the fingerprint it records; the file was edited")
@@ -69,9 +69,3 @@ def network_of(checkpoint: dict[str, Any], definition: dict[str, Any] | None = N
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def library_versions() -> dict[str, str]:
-    """The versions of everything that computes a number."""
-    packages = ("torch", "torchaudio", "torchvision", "numpy", "soundfile", "av")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -30,11 +30,12 @@ from tqdm import tqdm
 from handler.decisions import build_decision
 from handler.pipeline import Pipeline
 from handler.precision import NumericPolicy
-from handler.runtimes import EagerRuntime
+from handler.references import library_versions
+from handler.runtimes.eager import EagerRuntime
 from handler.service import ModelService
 from handler.stages import InputError
 from training.cache import UnreadableRecordings
-from training.checkpoint import file_digest, library_versions, network_of
+from training.checkpoint import file_digest, network_of
 from training.manifest import Recording, manifest_digest, select
 
 matplotlib.use("Agg")
@@ -142,6 +143,7 @@ def evaluate(
         "val_auc": checkpoint["val_auc"],
         "val_ap": checkpoint["val_ap"],
         "epoch": checkpoint["epoch"],
+        **{key: checkpoint[key] for key in ("imported_from",) if key in checkpoint},
         "manifest_sha256": manifest_digest(recordings),
         "dataset_sha256": _dataset_digest(validation + predictions),
         "checkpoint_sha256": file_digest(checkpoint_path),
@@ -152,7 +154,9 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     _write_predictions(out / "predictions.csv", validation if split == "val" else validation + predictions)
     _write_references(out / "references", predictions, references)
-    _write_pictures(out, labels, probabilities, metrics, checkpoint["history"])
+    _write_pictures(out, labels, probabilities, metrics)
+    if checkpoint["history"]:  # an imported checkpoint has none
+        _write_training_curve(out / "training.png", checkpoint["history"], checkpoint["epoch"])
     # Last, so that a folder with metrics.json is complete.
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
@@ -205,9 +209,7 @@ def _write_references(folder: Path, predictions: list[Prediction], count: int) -
     (folder / "references.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_pictures(
-    out: Path, labels: np.ndarray, probabilities: np.ndarray, metrics: dict[str, Any], history: list[dict[str, float]]
-) -> None:
+def _write_pictures(out: Path, labels: np.ndarray, probabilities: np.ndarray, metrics: dict[str, Any]) -> None:
     point = metrics["at_best_threshold"]
     name = f"threshold {point['threshold']:.2f}"
 
@@ -247,15 +249,17 @@ def _write_pictures(
     axes.set(xlabel="mean probability", ylabel="fraction positive", title=f"Calibration, {metrics['split']} split")
     _save(figure, axes, out / "calibration.png")
 
+
+def _write_training_curve(path: Path, history: list[dict[str, float]], chosen: int) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     epochs = [h["epoch"] for h in history]
     axes.plot(epochs, [h["train_loss"] for h in history], label="training loss")
     axes.plot(epochs, [h["val_loss"] for h in history], label="validation loss")
     axes.plot(epochs, [h["val_auc"] for h in history], label="validation AUC")
-    axes.axvline(metrics["epoch"], linestyle=":", color="grey", label="chosen epoch")
+    axes.axvline(chosen, linestyle=":", color="grey", label="chosen epoch")
     axes.set(xlabel="epoch", title="Training")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, axes, out / "training.png")
+    _save(figure, axes, path)
 
 
 def _save(figure: Any, axes: Any, path: Path) -> None:

@@ -24,7 +24,7 @@ class Mel(Stage, name="mel"):
     """
 
     tolerance: ClassVar[Tolerance] = Tolerance(
-        1e-6, 1e-4, "of the largest power", "a float32 Fourier transform", relative=True
+        5e-6, 5e-4, "of the largest power", "a float32 Fourier transform", relative=True
     )
 
     n_fft: int
