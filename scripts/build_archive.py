@@ -7,7 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from handler.precision import TIERS
+from handler.runtimes import RUNTIMES
 from serving.build import build_archive
+from serving.execution import Execution
+from training.manifest import SPLITS, Recording, read_manifest
 
 
 def main() -> None:
@@ -20,12 +24,37 @@ def main() -> None:
     parser.add_argument("--version", required=True, help="such as 1.0")
     parser.add_argument("--out", type=Path, default=Path("model_store"))
     parser.add_argument("--force", action="store_true", help="replace a different archive of the same version")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="what executes the network (default: model-config.yaml's)")
+    parser.add_argument("--precision", choices=TIERS, help="of runtime onnxruntime (default: fp32)")
+    parser.add_argument("--manifest", type=Path, help="the manifest of --evaluation; fp16 and int8 are proved on it")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="the split to prove them on")
+    parser.add_argument("--calibration-manifest", type=Path, help="its train split gives int8 its value ranges")
+    parser.add_argument(
+        "--audio-root", type=Path, help="folder that file_path is relative to (default: each manifest's own)"
+    )
     args = parser.parse_args()
+    if args.runtime is None and (args.precision or args.manifest or args.calibration_manifest):
+        parser.error("--precision, --manifest and --calibration-manifest go with --runtime onnxruntime")
     try:
-        target = build_archive(args.archive, args.checkpoint, args.evaluation, args.version, args.out, force=args.force)
+        execution = args.runtime and Execution(
+            args.runtime,
+            args.precision or "fp32",
+            _recordings(args.manifest, args.audio_root),
+            args.split,
+            _recordings(args.calibration_manifest, args.audio_root),
+        )
+        target = build_archive(
+            *(args.archive, args.checkpoint, args.evaluation, args.version, args.out),
+            force=args.force,
+            execution=execution,
+        )
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"build_archive.py: {error}\n")
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+def _recordings(manifest: Path | None, audio_root: Path | None) -> list[Recording]:
+    return read_manifest(manifest, audio_root or manifest.parent) if manifest else []
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -15,11 +14,14 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from handler.pipeline import Pipeline
+from handler.references import SelfTestError, library_versions, record
 from handler.service import ModelService
-from training.checkpoint import file_digest, library_versions, load_checkpoint, network_of
+from parity.probes import probes
+from serving.errors import BuildError
+from serving.execution import Execution
+from training.checkpoint import file_digest, load_checkpoint, network_of
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,20 +33,25 @@ TOLERANCE = 1e-4
 MIN_REFERENCE_SPREAD = 0.05
 
 
-class BuildError(ValueError):
-    """The parts do not make an archive that serves what was evaluated; the message says what differs."""
-
-
 def build_archive(
-    archive: Path, checkpoint_path: Path, evaluation: Path, version: str, out: Path, *, force: bool = False
+    archive: Path,
+    checkpoint_path: Path,
+    evaluation: Path,
+    version: str,
+    out: Path,
+    *,
+    force: bool = False,
+    execution: Execution | None = None,
 ) -> Path:
     """Write `out/NAME-VERSION.mar` and return its path. The same inputs give the same bytes.
 
     archive: a definition (pipeline.yaml, model-config.yaml); its folder's name is the model's.
     evaluation: what scripts/evaluate.py wrote for this checkpoint.
+    execution: the runtime, when not the one that model-config.yaml names.
     Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
     another pipeline, weights that do not fit, an evaluation of another checkpoint, references that are not reproduced
-    within TOLERANCE or that barely vary, or a different archive already there (unless `force`).
+    within the tier's tolerance or that barely vary, a reduced precision whose AUC is another, or a different archive
+    already there (unless `force`).
     """
     if not re.fullmatch(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*", version):
         raise BuildError(f"version is {version!r}, expected digits and letters joined by dots, such as 1.0")
@@ -55,6 +62,7 @@ def build_archive(
     checkpoint = load_checkpoint(checkpoint_path)
     pipeline = Pipeline.from_yaml(archive / "pipeline.yaml")
     config = yaml.safe_load((archive / "model-config.yaml").read_text(encoding="utf-8"))
+    execution = execution or Execution.of(config)
     _check_pipeline(pipeline, Pipeline.from_dict(checkpoint["pipeline"]))
     network = network_of(checkpoint, config["network"])
     measured = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
@@ -67,10 +75,12 @@ def build_archive(
         "model_version": version,
         "threshold": measured["threshold"],
         "pipeline_fingerprint": pipeline.fingerprint,
+        "pipeline": pipeline.to_dict(),
         "checkpoint_sha256": measured["checkpoint_sha256"],
         "dataset_sha256": measured["dataset_sha256"],
         "git_commit": _git_commit(),
         "library_versions": library_versions(),
+        "runtime": execution.facts(),
         "evaluation": measured,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -79,11 +89,16 @@ def build_archive(
         shutil.copytree(_ROOT / "handler", staged / "handler", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(evaluation / "references", staged / "references")
         (staged / "pipeline.yaml").write_text(pipeline.to_yaml(), encoding="utf-8")
-        (staged / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(archive / "model-config.yaml", staged / "model-config.yaml")
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, staged / "weights.safetensors")
-        check_references(ModelService.load(staged, torch.device("cpu")), staged / "references")
-        unpacked = _archive_directory(staged, name, version, Path(scratch))
+        _write_config(archive / "model-config.yaml", execution.definition(config), staged / "model-config.yaml")
+        weights = execution.write_weights(network, pipeline, staged)
+        metrics["weights_sha256"] = {weights.name: file_digest(weights)}
+        _write_metrics(metrics, staged)
+        if execution.tier == "reduced":
+            service = ModelService.unproven(staged, torch.device("cpu"))
+            metrics["runtime"]["measured"] = execution.measure(service, evaluation)
+            _write_metrics(metrics, staged)
+        _prove(staged)
+        unpacked = _archive_directory(staged, weights, name, version, Path(scratch))
         target = out / f"{name}-{version}.mar"
         unfinished = target.with_suffix(".tmp")
         _zip_reproducibly(unpacked, unfinished)
@@ -94,25 +109,26 @@ def build_archive(
     return target
 
 
-def check_references(service: ModelService, folder: Path) -> float:
-    """Replay the reference recordings; returns the largest |dp|. Raises BuildError when one is off by more than
-    TOLERANCE, when a recording is not the one that was measured, or when the probabilities barely vary."""
-    entries = json.loads((folder / "references.json").read_text(encoding="utf-8"))
-    worst, failures = 0.0, []
+def _write_config(source: Path, runtime: dict[str, Any], target: Path) -> None:
+    """Copy a model-config.yaml as it is, comments too, unless the runtime is another."""
+    text = source.read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
+    if config["runtime"] != runtime:
+        text = yaml.safe_dump(config | {"runtime": runtime}, sort_keys=False)
+    target.write_text(text, encoding="utf-8")
+
+
+def _write_metrics(metrics: dict[str, Any], folder: Path) -> None:
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _prove(staged: Path) -> None:
+    """Record every stage for the references and the probes, and load the archive as a worker will."""
+    references = staged / "references"
+    entries = json.loads((references / "references.json").read_text(encoding="utf-8"))
     for entry in entries:
-        audio = (folder / entry["file"]).read_bytes()
-        if hashlib.sha256(audio).hexdigest() != entry["sha256"]:
+        if file_digest(references / entry["file"]) != entry["sha256"]:
             raise BuildError(f"reference {entry['file']} is not the recording that was evaluated ({entry['source']})")
-        ((probability, _, _),) = service.score([audio])
-        difference = abs(probability - entry["probability"])
-        worst = max(worst, difference)
-        if not difference <= TOLERANCE:
-            failures.append(f"  {entry['source']}: {entry['probability']:.6f} evaluated, {probability:.6f} now")
-    if failures:
-        raise BuildError(
-            f"{len(failures)} of {len(entries)} references are off by more than {TOLERANCE}; the weights, the libraries or "
-            "the code differ from the evaluation's:\n" + "\n".join(failures)
-        )
     probabilities = [entry["probability"] for entry in entries]
     spread = max(probabilities) - min(probabilities)
     if not spread >= MIN_REFERENCE_SPREAD:
@@ -120,7 +136,17 @@ def check_references(service: ModelService, folder: Path) -> float:
             f"the references' probabilities span only {spread:.4f} (from {min(probabilities):.4f} to {max(probabilities):.4f}, "
             f"expected at least {MIN_REFERENCE_SPREAD}): the network looks untrained; is this the trained checkpoint?"
         )
-    return worst
+    (references / "probes").mkdir()
+    for name, audio in probes().items():
+        (references / "probes" / name).write_bytes(audio)
+    device = torch.device("cpu")
+    record(ModelService.unproven(staged, device), references)
+    try:
+        ModelService.load(staged, device)
+    except SelfTestError as error:
+        raise BuildError(
+            f"the references are not reproduced, so weights, libraries or code are not the evaluation's: {error}"
+        ) from error
 
 
 def _check_pipeline(wanted: Pipeline, trained: Pipeline) -> None:
@@ -139,9 +165,9 @@ def _git_commit() -> str:
     return result.stdout.strip() if result.returncode == 0 else "unknown"
 
 
-def _archive_directory(staged: Path, name: str, version: str, scratch: Path) -> Path:
+def _archive_directory(staged: Path, weights: Path, name: str, version: str, scratch: Path) -> Path:
     """Let torch-model-archiver lay out the archive, unzipped."""
-    weights, config = staged / "weights.safetensors", staged / "model-config.yaml"
+    config = staged / "model-config.yaml"
     command = [sys.executable, "-m", "model_archiver.model_packaging", "--archive-format", "no-archive"]
     command += ["--model-name", name, "--version", version, "--handler", str(staged / "handler" / "entry.py")]
     command += ["--serialized-file", str(weights), "--config-file", str(config), "--export-path", str(scratch)]
@@ -166,6 +192,6 @@ def _zip_reproducibly(folder: Path, target: Path) -> None:
             info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
             info.external_attr = 0o644 << 16
             # Weights do not compress; storing them keeps building and loading fast.
-            stored = path.suffix == ".safetensors"
+            stored = path.suffix in (".safetensors", ".onnx")
             info.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
             archive.writestr(info, path.read_bytes())

@@ -1,4 +1,8 @@
-"""What can go wrong between us and TorchServe, by whose turn it is."""
+"""What can go wrong in building an archive, and between us and TorchServe, by whose turn it is."""
+
+
+class BuildError(ValueError):
+    """The parts do not make an archive that serves what was evaluated; the message says what differs."""
 
 
 class ServerError(RuntimeError):

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from handler.decisions import build_decision
 from handler.decisions.bag_threshold import BagThreshold
-from serving.build import TOLERANCE
 from serving.client import Answer, Client
 from serving.errors import UsageError
 from serving.server import Server
@@ -34,6 +33,7 @@ class References:
     entries: list[dict[str, Any]]
     audio: list[bytes]
     fingerprint: str
+    tolerance: float
 
     @classmethod
     def from_archive(cls, path: Path) -> References:
@@ -41,17 +41,19 @@ class References:
         with zipfile.ZipFile(path) as archive:
             entries = json.loads(archive.read("references/references.json"))
             config = yaml.safe_load(archive.read("model-config.yaml"))
+            metrics = json.loads(archive.read("metrics.json"))
             return cls(
                 build_decision(config["decision"]),
                 entries,
                 [archive.read(f"references/{entry['file']}") for entry in entries],
-                json.loads(archive.read("metrics.json"))["pipeline_fingerprint"],
+                metrics["pipeline_fingerprint"],
+                metrics["runtime"]["tolerance"],
             )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One path's result. max_dp is NaN when an answer was no prediction; problems says why."""
+    """One path's result. max_dp is NaN when an answer was no prediction; problems says why. tolerance: its tier's."""
 
     path: str
     clips: int
@@ -60,10 +62,11 @@ class Row:
     p50_ms: float
     p95_ms: float
     problems: tuple[str, ...]
+    tolerance: float
 
     @property
     def passed(self) -> bool:
-        return not self.problems and self.max_dp <= TOLERANCE
+        return not self.problems and self.max_dp <= self.tolerance
 
 
 def smoke_test(server: Server, model: str, version: str | None = None) -> list[Row]:
@@ -128,6 +131,7 @@ def _measure(path: str, send: Callable[..., Answer], references: References, ver
         float(np.percentile(milliseconds, 50)),
         float(np.percentile(milliseconds, 95)),
         tuple(problems),
+        references.tolerance,
     )
 
 

@@ -1,0 +1,63 @@
+"""Archives made in other ways, through the same TorchServe: an imported checkpoint, and ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from serving.client import Client
+from serving.server import Server
+from serving.smoke import smoke_test
+from tests.conftest import Demonstration, run_script
+from training.checkpoint import load_checkpoint
+
+
+@pytest.fixture
+def imported(demonstration: Demonstration, tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint as another training script writes it, imported and evaluated."""
+    trained = load_checkpoint(demonstration.checkpoint)
+    old, new = tmp_path / "old.pth", tmp_path / "imported.pth"
+    weights = {f"module.{name}": weight for name, weight in trained["model_state_dict"].items()}
+    torch.save({"epoch": 3, "val_auc": np.float64(0.9), "config": {"n_mels": 160}, "model_state_dict": weights}, old)
+    run_script("import_checkpoint", old, "--pipeline", "archive/cough/pipeline.yaml", "--out", new)
+    run_script("evaluate", "--checkpoint", new, "--manifest", demonstration.manifest, "--out", tmp_path / "evaluation")
+    return new, tmp_path / "evaluation"
+
+
+def registered(server: Server, demonstration: Demonstration, checkpoint: Path, evaluation: Path, *build: str) -> str:
+    """Build version 2.0 into the server's store and register it beside the default version; the archive's name."""
+    arguments = ("--checkpoint", checkpoint, "--evaluation", evaluation, "--out", demonstration.store)
+    run_script("build_archive", *arguments, "--version", "2.0", *build)
+    archive = demonstration.store / "cough-2.0.mar"
+    run_script("register", archive, "--state-dir", server.state_dir)
+    return archive.name
+
+
+def test_an_imported_checkpoint_is_served(server: Server, demonstration: Demonstration, imported: tuple[Path, Path]):
+    archive = registered(server, demonstration, *imported)
+    try:
+        rows = smoke_test(server, "cough", "2.0")
+        assert len(rows) == 6
+        assert all(row.passed and row.max_dp <= 1e-6 for row in rows), rows
+    finally:
+        server.unregister("cough", "2.0")
+        (demonstration.store / archive).unlink()
+
+
+def test_onnx_runtime_serves_the_evaluated_probabilities(server: Server, client: Client, demonstration: Demonstration):
+    onnx = ("--runtime", "onnxruntime", "--precision", "fp32")
+    archive = registered(server, demonstration, demonstration.checkpoint, demonstration.evaluation, *onnx)
+    try:
+        rows = smoke_test(server, "cough", "2.0")
+        assert all(row.passed and row.max_dp <= 1e-5 for row in rows), rows
+        (recording,) = (demonstration.evaluation / "references").glob("08.*")
+        body = client.predict_rest("cough", recording.read_bytes(), "2.0").body
+        assert (body["runtime"], body["precision"], body["tier"]) == ("onnxruntime", "fp32", "exact")
+        # The default version is still the first one.
+        assert client.predict_rest("cough", recording.read_bytes()).body["runtime"] == "eager"
+    finally:
+        server.unregister("cough", "2.0")
+        (demonstration.store / archive).unlink()
