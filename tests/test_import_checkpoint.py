@@ -1,0 +1,583 @@
+"""Importing other scripts' checkpoints: what is read and refused, and that the right pipeline is named."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import shutil
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+import parity.pydub_decode  # noqa: F401  (registers decode_pydub, which a variant names)
+from handler.networks import build_network
+from handler.pipeline import Pipeline
+from scripts import import_checkpoint
+from tests.conftest import ROOT, Demonstration, run_script
+from tests.recordings import one_thread, wav  # noqa: F401
+from training import legacy
+from training.checkpoint import CheckpointError, load_checkpoint, network_of
+from training.evaluate import predict, service_of
+from training.legacy import LegacyError, Trial, read_legacy
+from training.manifest import Recording, read_manifest
+
+COUGH = ROOT / "archive" / "cough"
+NETWORK = yaml.safe_load((COUGH / "model-config.yaml").read_text())["network"]
+PIPELINE = Pipeline.from_yaml(COUGH / "pipeline.yaml")
+CONFIG = {
+    "sample_rate": 16000,
+    "segment_duration": 2.0,
+    "hop_length": 0.5,
+    "n_fft": 1024,
+    "hop_length_fft": 160,
+    "n_mels": 160,
+    "f_min": 50.0,
+    "f_max": 4000,
+    "resize_to_224": True,
+    "model_name": "resnet18",
+    "dropout": 0.3,
+    "pretrained": True,
+    "max_segments_per_file": 32,
+    "attn_hidden": 128,
+    "batch_size": 8,
+}
+WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
+
+
+def saved(path: Path, content: Any, **options: Any) -> Path:
+    torch.save(content, path, **options)
+    return path
+
+
+def weights_and(**more: Any) -> dict[str, Any]:
+    return {"model_state_dict": WEIGHTS, **more}
+
+
+def as_training_scripts_write_it(weights: dict[str, torch.Tensor], **changes: Any) -> dict[str, Any]:
+    parameters = [nn.Parameter(torch.zeros(2))]
+    optimizer = torch.optim.AdamW(parameters)
+    parameters[0].grad = torch.ones(2)
+    optimizer.step()
+    content = {
+        "epoch": 3,
+        "model_state_dict": weights,
+        "optimizer_state_dict": optimizer.state_dict(),
+        "val_auc": np.float64(0.9904),
+        "config": CONFIG,
+    }
+    return content | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "epoch", "auc"),
+    [
+        (as_training_scripts_write_it(WEIGHTS), 3, 0.9904),
+        (as_training_scripts_write_it({f"module.{k}": v for k, v in WEIGHTS.items()}), 3, 0.9904),
+        ({"state_dict": OrderedDict(WEIGHTS), "epoch": np.int64(7), "val_auc": np.float32(0.5)}, 7, 0.5),
+        (
+            {"state_dict": {f"_orig_mod.module.{k}": v for k, v in WEIGHTS.items()}, "val_auc": torch.tensor(1)},
+            None,
+            1.0,
+        ),
+        (OrderedDict(WEIGHTS), None, None),
+        ({f"module.{k}": nn.Parameter(v) for k, v in WEIGHTS.items()}, None, None),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_shape_of_file_is_read(tmp_path: Path, content, epoch, auc, zipped: bool):
+    old = read_legacy(saved(tmp_path / "old.pth", content, _use_new_zipfile_serialization=zipped))
+    assert {k: v.tolist() for k, v in old.weights.items()} == {k: v.tolist() for k, v in WEIGHTS.items()}
+    assert (old.epoch, old.val_auc) == (epoch, auc)
+    assert type(old.val_auc) in (float, type(None))
+    assert old.config == ({} if "config" not in content else CONFIG)
+
+
+@pytest.mark.parametrize("value", [np.float64(0.990412345), np.float32(0.25), np.int64(1), np.dtype(">f8").type(0.5)])
+def test_numpy_scalars_of_numpy_1_and_2_are_read(tmp_path: Path, value):
+    path = saved(tmp_path / "2.pth", weights_and(val_auc=value), _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert b"numpy._core.multiarray\nscalar\n" in data
+    (tmp_path / "1.pth").write_bytes(data.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n"))
+    assert read_legacy(path).val_auc == read_legacy(tmp_path / "1.pth").val_auc == float(value)
+
+
+class Evil:
+    """Unpickling it touches a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+class Evaluated(Evil):
+    def __reduce__(self):
+        return eval, (f"open({str(self.marker)!r}, 'w')",)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Evil, "posix.system"), (Evaluated, "eval")])
+@pytest.mark.parametrize("place", ["whole", "config", "weights"])
+def test_what_would_run_code_is_refused_by_name(tmp_path: Path, kind, name: str, place: str):
+    marker = tmp_path / "ran"
+    evil = kind(marker)
+    content = {"whole": evil, "config": weights_and(config=evil), "weights": {"model_state_dict": {"a": evil}}}[place]
+    for zipped in (True, False):
+        path = saved(tmp_path / f"{zipped}.pth", content, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(LegacyError, match=f"'{name}'.*Nothing of it ran"):
+            read_legacy(path)
+    assert not marker.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_pickle_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path, protocol: int):
+    marker, path = tmp_path / "ran", tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps(Evil(marker), protocol))
+    with pytest.raises(LegacyError, match=r"'posix.system'"):
+        read_legacy(path)
+    saved(tmp_path / "zip.pth", {"a": Evil(marker)}, pickle_protocol=max(protocol, 3))
+    with pytest.raises(LegacyError, match=r"'posix.system'"):
+        read_legacy(tmp_path / "zip.pth")
+    assert not marker.exists()
+
+
+class Settings:
+    """A training script's own class, which nothing but that script has."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (weights_and(config=Settings()), r"would import and run '.*test_import_checkpoint.Settings'.*vars\(config\)"),
+        (nn.Linear(2, 2), r"'torch.nn.modules.linear.Linear'"),
+        (weights_and(config={"curve": np.ones(3)}), r"'numpy._core.multiarray._reconstruct'"),
+        (weights_and(val_auc=np.complex128(1)), "numpy scalar of type 'c16'"),
+        (weights_and(config={"out": Path("runs")}), r"'pathlib.PosixPath'"),
+        (weights_and(state_dict=WEIGHTS), "both model_state_dict and state_dict"),
+        ({"model": WEIGHTS, "epoch": 3}, "without a tensor .model, epoch.; expected 'model_state_dict'"),
+        ({"model_state_dict": {**WEIGHTS, "version": 2}}, "without a tensor .version.; expected tensors by name"),
+        ({"model_state_dict": {0: torch.ones(1)}}, "without a tensor"),
+        ({"model_state_dict": {}}, "has no weights"),
+        (list(WEIGHTS.values()), "holds a list, expected a dict"),
+        (weights_and(val_auc=99.04), r"val_auc is 99.04, expected a number in \[0, 1\]"),
+        (weights_and(val_auc=np.float64("nan")), "val_auc is nan"),
+        (weights_and(epoch="3"), "epoch is '3'"),
+        (weights_and(config=["sample_rate"]), "config is a list, expected a dict"),
+        (weights_and(pipeline_fingerprint="dcb3"), "already says which pipeline"),
+    ],
+)
+def test_other_content_is_refused(tmp_path: Path, content, message: str):
+    with pytest.raises(LegacyError, match=message):
+        read_legacy(saved(tmp_path / "old.pth", content))
+
+
+@pytest.mark.parametrize("data", [b"", b"not a checkpoint", b"\x80\x02", b"PK\x03\x04 cut short"])
+def test_damaged_files_are_refused(tmp_path: Path, data: bytes):
+    (tmp_path / "old.pth").write_bytes(data)
+    with pytest.raises(LegacyError, match=r"old.pth is not a checkpoint that loads without running code: ."):
+        read_legacy(tmp_path / "old.pth")
+    with pytest.raises(LegacyError, match="there is no file"):
+        read_legacy(tmp_path / "other.pth")
+
+
+def test_configuration_is_compared_by_the_names_it_is_known_by():
+    agreed = legacy.check_config(CONFIG, PIPELINE, NETWORK)
+    assert set(CONFIG) - set(agreed) == {"resize_to_224", "model_name", "pretrained", "batch_size"}
+    assert legacy.check_config({}, PIPELINE, NETWORK) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ours"),
+    [
+        ("sample_rate", 22050, "resample.rate is 16000"),
+        ("segment_duration", 3.0, "segment.duration_s is 2.0"),
+        ("hop_length", 160, "segment.hop_s is 0.5"),
+        ("max_segments_per_file", 64, "segment.max_segments is 32"),
+        ("n_fft", 2048, "mel.n_fft is 1024"),
+        ("hop_length_fft", 512, "mel.hop_length is 160"),
+        ("n_mels", 128, "mel.n_mels is 160"),
+        ("f_min", 20.0, "mel.f_min is 50.0"),
+        ("f_max", None, "mel.f_max is 4000.0"),
+        ("attn_hidden", 64, "attn_mil_resnet.attn_hidden is 128"),
+        ("dropout", 0.5, "attn_mil_resnet.dropout is 0.3"),
+    ],
+)
+def test_a_contradiction_names_both_values(name: str, value, ours: str):
+    with pytest.raises(LegacyError) as error:
+        legacy.check_config(CONFIG | {name: value}, PIPELINE, NETWORK)
+    assert f"{name} is {value!r} in the checkpoint, {ours} in the" in str(error.value)
+
+
+def test_a_stage_that_is_not_there_contradicts():
+    without = Pipeline(PIPELINE.name, [s for s in PIPELINE.stages.values() if s.name != "resample"])
+    with pytest.raises(LegacyError, match="sample_rate is 16000 in the checkpoint, there is no stage 'resample'"):
+        legacy.check_config(CONFIG, without, NETWORK)
+
+
+def test_a_pipeline_that_exists_to_compare_with_is_refused():
+    legacy.check_servable(PIPELINE)
+    with pytest.raises(LegacyError, match="decode_pydub, which exists to compare with and cannot be served"):
+        legacy.check_servable(Pipeline.from_yaml(COUGH / "variants" / "onnx_backend.yaml"))
+
+
+def fresh() -> nn.Module:
+    torch.manual_seed(0)
+    return build_network(NETWORK)
+
+
+def trained(network: nn.Module, *, rate: float = 1e-4, steps: int = 1, freeze: str = "") -> nn.Module:
+    """`steps` optimizer steps on noise; `freeze`: a part that stays as it is, in eval mode. Rate 0: only reads data."""
+    network.train()
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    if freeze:
+        network.get_submodule(freeze).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=rate)
+    for _ in range(steps):
+        *_, logit = network(torch.randn(2, 2, 3, 32, 32), torch.ones(2, 2, dtype=torch.bool))
+        loss = F.binary_cross_entropy_with_logits(logit, torch.tensor([0.0, 1.0]))
+        optimizer.zero_grad()
+        loss.backward()
+        if rate:
+            optimizer.step()
+    return network.eval()
+
+
+def pretrained() -> nn.Module:
+    """A trained backbone under fresh heads, as torchvision's ImageNet weights make it: nothing counted."""
+    network, other = fresh(), trained(fresh(), steps=2)
+    network.backbone.load_state_dict(other.backbone.state_dict())
+    for name, buffer in network.backbone.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.zero_()
+    return network
+
+
+def test_trained_weights_are_accepted_after_one_small_step():
+    note = "seg_head still looks like its random initial values: what it computes may mean nothing"
+    assert legacy.check_trained(trained(fresh())) == [note]
+    assert note in legacy.check_trained(trained(fresh(), rate=1e-8))
+
+
+def test_a_frozen_pretrained_backbone_under_a_trained_head_is_accepted():
+    legacy.check_trained(trained(pretrained(), freeze="backbone"))
+
+
+@pytest.mark.parametrize(
+    ("make", "messages"),
+    [
+        (fresh, ["backbone: backbone.bn1 and 19 more still has running mean 0", "bag_head: bag_head.2 still has"]),
+        (pretrained, ["bag_head: bag_head.2 still has running mean 0 and variance 1, so it never saw a batch"]),
+        (lambda: trained(fresh(), rate=0.0), ["backbone: every scale is still 1", "bag_head: every scale is still 1"]),
+        (lambda: trained(fresh(), freeze="bag_head"), ["bag_head: bag_head.2 still has"]),
+        (lambda: trained(fresh(), freeze="backbone"), ["backbone: backbone.bn1 and 19 more"]),
+    ],
+)
+def test_weights_that_no_training_shaped_are_refused(make, messages: list[str]):
+    with pytest.raises(LegacyError, match="not trained weights") as error:
+        legacy.check_trained(make())
+    assert str(error.value).count("\n  ") == len(messages)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_a_part_that_was_loaded_under_other_names_is_refused():
+    weights = {k.replace("bag_head", "head"): v for k, v in trained(fresh()).state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"9 missing .bag_head.*9 unexpected .head"):
+        legacy.network_from(weights, NETWORK)
+    accident = fresh()
+    accident.load_state_dict(weights, strict=False)
+    with pytest.raises(LegacyError, match=r"bag_head: bag_head.2 still has .*\n.*strict=True"):
+        legacy.check_trained(accident)
+
+
+def test_an_image_classifier_is_refused():
+    classifier = pretrained().backbone.state_dict() | {"fc.bias": torch.zeros(1000)}
+    with pytest.raises(CheckpointError, match=r"missing .*attn.0.bias.* unexpected .*bn1.bias"):
+        legacy.network_from(classifier, NETWORK)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return trained(fresh()).state_dict()
+
+
+def test_half_precision_weights_are_converted_exactly(weights):
+    for dtype in (torch.float16, torch.bfloat16):
+        half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+        network = legacy.network_from(half, NETWORK)
+        for name, value in network.state_dict().items():
+            assert value.dtype in (torch.float32, torch.int64)
+            assert torch.equal(value, half[name].to(value.dtype))
+        legacy.check_trained(network)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("attn.0.weight", lambda v: v.double() + 1e-12, "attn.0.weight is torch.float64 and changes when converted"),
+        (
+            "attn.0.weight",
+            lambda v: v * float("nan"),
+            "attn.0.weight has 65536 of 65536 values that are NaN or infinite",
+        ),
+        ("attn.2.bias", lambda v: v / 0, "attn.2.bias has 1 of 1 values that are NaN or infinite"),
+        ("attn.2.bias", lambda v: v.long(), "attn.2.bias is torch.int64, expected torch.float32"),
+        ("attn.2.bias", lambda v: v.to_sparse(), "attn.2.bias is not a plain dense tensor"),
+        ("attn.2.bias", lambda v: v.to("meta"), "attn.2.bias is not a plain dense tensor"),
+        ("attn.2.bias", lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "not a plain dense tensor"),
+        ("attn.0.weight", lambda v: v[:64], r"1 of another shape .attn.0.weight"),
+    ],
+)
+def test_values_that_would_change_the_network_are_refused(weights, name: str, change, message: str):
+    with pytest.raises(CheckpointError, match=message):
+        legacy.network_from(weights | {name: change(weights[name])}, NETWORK)
+
+
+def test_float64_that_float32_holds_exactly_is_accepted(weights):
+    double = {k: v.double() if v.is_floating_point() else v for k, v in weights.items()}
+    state = legacy.network_from(double, NETWORK).state_dict()
+    assert all(torch.equal(state[k], v) for k, v in weights.items())
+
+
+def test_nothing_is_left_when_writing_fails(tmp_path: Path):
+    with pytest.raises(CheckpointError):
+        legacy.write(tmp_path / "new.pth", {"config": {"out": Path("runs")}})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_path,p\na,0.5\n", "no column probability"),
+        ("file_path,probability\na,0.5\nb,1.5\n", r"row 3: probability is '1.5'"),
+        ("file_path,probability\na,\n", r"row 2: probability is ''"),
+        ("file_path,probability\na,nan\n", r"row 2: probability is 'nan'"),
+        ("file_path,probability\na,0.5\na,0.6\n", "row 3: 'a' has another probability"),
+    ],
+)
+def test_recorded_predictions_name_the_row_that_is_wrong(tmp_path: Path, text: str, message: str):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(LegacyError, match=message):
+        legacy.read_predictions(tmp_path / "p.csv")
+
+
+ROWS = [Recording(str(i), Path(str(i)), i % 2, "val") for i in range(20)]  # 100 pairs: an AUC moves by 0.01
+
+
+@pytest.mark.parametrize(
+    ("trials", "doubtful", "text"),
+    [
+        (
+            [Trial("a", 0.9, 0.0), Trial("b", 0.8, 0.1)],
+            False,
+            r"a reproduces the recorded validation AUC .off by 0.0000..$",
+        ),
+        ([Trial("a", 0.9, 0.0), Trial("b", 0.9, 0.0)], False, "So do, .* 20 recordings can tell: b. Recorded probab"),
+        ([Trial("a", 0.8, 0.1), Trial("b", 0.9, 0.0)], True, "b reproduces the recorded validation AUC .* a does not"),
+        ([Trial("a", 0.8, 0.1), Trial("b", 0.7, 0.2)], True, "None of these .* closest is a"),
+        ([Trial("a", 0.8, 0.1, 1e-3, 2e-2), Trial("b", 0.9, 0.2, 1e-8, 1e-7)], True, "b reproduces the recorded prob"),
+        (
+            [Trial("a", 0.9, 0.1, 1e-8, 1e-7), Trial("b", 0.9, 0.0, 1e-5, 1e-3)],
+            False,
+            r"a reproduces .* largest 1.0e-07..$",
+        ),
+        ([Trial("a", 0.9, 0.0, 1e-8, 1e-7), Trial("b", 0.9, 0.0, 1e-7, 9e-7)], False, r"So do, .* tell: b.$"),
+        ([Trial("a", 0.9, 0.0, 1e-2, 1e-1), Trial("b", 0.9, 0.0, 2e-3, 1e-2)], True, "None of these .* closest is b"),
+        ([Trial("a", 0.9, 0.0), Trial("b", failure="cannot read 3 recording(s)")], False, "a reproduces"),
+        ([Trial("a", 0.9), Trial("b", 0.8)], False, "Nothing recorded to compare with"),
+    ],
+)
+def test_verdict(trials: list[Trial], doubtful: bool, text: str):
+    verdict = legacy.judge(trials, ROWS)
+    assert verdict.doubtful == doubtful
+    with pytest.raises(AssertionError, match=text):
+        raise AssertionError(verdict.text)
+
+
+def imported(path: Path, out: Path, *arguments: object):
+    return run_script("import_checkpoint", path, "--out", out, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no --pipeline", "--pipeline is required"),
+        ("no file", "there is no file"),
+        ("contradiction", "n_mels is 128 in the checkpoint, mel.n_mels is 160 in the pipeline"),
+        ("out exists", "old.pth exists"),
+        ("no --manifest", "belong to --manifest"),
+        ("no variants", "expected a folder of pipeline files"),
+        ("other predictions", "p.csv has no file_path of split 'val'; it has 'elsewhere.wav', the manifest 'a.wav'"),
+    ],
+)
+def test_wrong_input_ends_with_code_2_and_writes_nothing(tmp_path, weights, monkeypatch, capsys, name, message):
+    old, out, predictions = tmp_path / "old.pth", tmp_path / "new" / "best.pth", tmp_path / "p.csv"
+    manifest = tmp_path / "m.csv"
+    config = CONFIG | ({"n_mels": 128} if name == "contradiction" else {})
+    if name != "no file":
+        saved(old, as_training_scripts_write_it(weights, config=config))
+    predictions.write_text("file_path,probability\nelsewhere.wav,0.5\n")
+    manifest.write_text("file_path,cough_label,split\na.wav,1,val\nb.wav,0,val\n")
+    for file in "ab":
+        (tmp_path / f"{file}.wav").touch()
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    arguments = [old, "--out", old if name == "out exists" else out]
+    if name != "no --pipeline":
+        arguments += ["--pipeline", COUGH / "pipeline.yaml"]
+    if name == "no --manifest":
+        arguments += ["--predictions", predictions]
+    if name == "no variants":
+        arguments += ["--manifest", manifest, "--variants", tmp_path]
+    if name == "other predictions":
+        arguments += ["--manifest", manifest, "--predictions", predictions]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["import_checkpoint.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        import_checkpoint.main()
+    errors = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message in errors
+    if name == "no --pipeline":
+        for path in [COUGH / "pipeline.yaml", *sorted((COUGH / "variants").glob("*.yaml"))]:
+            assert str(path.relative_to(ROOT)) in errors
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def stripped(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demonstration's checkpoint as another training script would have written it, from two GPUs."""
+    checkpoint = load_checkpoint(demonstration.checkpoint)
+    content = {
+        "epoch": checkpoint["epoch"],
+        "model_state_dict": {f"module.{k}": v for k, v in checkpoint["model_state_dict"].items()},
+        "optimizer_state_dict": checkpoint["optimizer_state_dict"],
+        "val_auc": np.float64(checkpoint["val_auc"]),
+        "config": CONFIG,
+    }
+    return saved(tmp_path_factory.mktemp("stripped") / "old.pth", content)
+
+
+def test_an_imported_checkpoint_is_evaluated_and_packaged(demonstration: Demonstration, stripped: Path, tmp_path: Path):
+    new = tmp_path / "run" / "best.pth"
+    result = imported(stripped, new, "--pipeline", COUGH / "pipeline.yaml")
+    assert "agrees with" in result.stdout
+    original, checkpoint = load_checkpoint(demonstration.checkpoint), load_checkpoint(new)
+    assert set(checkpoint) == {*original, "imported_from"}
+    for key in ("pipeline", "pipeline_fingerprint", "network", "decision", "epoch", "val_auc"):
+        assert checkpoint[key] == original[key]
+    assert checkpoint["imported_from"] == {
+        "sha256": legacy.file_digest(stripped),
+        "epoch": original["epoch"],
+        "val_auc": original["val_auc"],
+    }
+    state = network_of(original).state_dict()
+    assert all(torch.equal(state[k], v) for k, v in network_of(checkpoint).state_dict().items())
+    assert [p.name for p in new.parent.iterdir()] == ["best.pth"]
+    evaluation, store = tmp_path / "evaluation", tmp_path / "store"
+    run_script("evaluate", "--checkpoint", new, "--manifest", demonstration.manifest, "--out", evaluation)
+    for name in ("predictions.csv", "references/references.json"):
+        assert (evaluation / name).read_bytes() == (demonstration.evaluation / name).read_bytes()
+    run_script("build_archive", "--checkpoint", new, "--evaluation", evaluation, "--version", "1.0", "--out", store)
+    assert (store / "cough-1.0.mar").exists()
+
+
+def test_weights_alone_can_be_evaluated(demonstration: Demonstration, tmp_path: Path):
+    old = saved(tmp_path / "old.pth", load_checkpoint(demonstration.checkpoint)["model_state_dict"])
+    result = imported(old, tmp_path / "new.pth", "--pipeline", COUGH / "variants" / "no_highpass.yaml")
+    assert "no configuration" in result.stdout
+    assert "pipeline.yaml is another pipeline; package this with" in result.stdout
+    checkpoint = load_checkpoint(tmp_path / "new.pth")
+    assert (checkpoint["imported_from"]["epoch"], checkpoint["val_auc"]) == (None, None)
+    arguments = ("--checkpoint", tmp_path / "new.pth", "--manifest", demonstration.manifest, "--split", "val")
+    run_script("evaluate", *arguments, "--out", tmp_path / "evaluation")
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two of the variants: each costs a pass over the split."""
+    folder = tmp_path_factory.mktemp("variants")
+    for name in ("no_highpass", "tail_only"):
+        shutil.copy(COUGH / "variants" / f"{name}.yaml", folder)
+    return folder
+
+
+@pytest.mark.parametrize("chosen", ["pipeline.yaml", "variants/tail_only.yaml"])
+def test_the_pipeline_that_reproduces_the_record_is_named(
+    demonstration: Demonstration, stripped: Path, variants: Path, tmp_path: Path, chosen: str
+):
+    recorded = demonstration.evaluation / "predictions.csv"
+    result = imported(
+        *(stripped, tmp_path / "new.pth", "--pipeline", Path("archive", "cough", chosen)),
+        *("--manifest", demonstration.manifest, "--predictions", recorded, "--variants", variants),
+    )
+    with open(recorded, newline="") as file:
+        count = sum(row["split"] == "val" for row in csv.DictReader(file))
+    assert f"{count} recordings of split 'val', {count} with a recorded probability" in result.stdout
+    table = [line.strip("|").split("|") for line in result.stdout.splitlines() if line.startswith("|")][2:]
+    largest = {Path(name.strip()).stem: float(number) for name, _, _, number, _ in table}
+    assert largest.pop("pipeline") < 1e-6 < min(largest.values())
+    assert set(largest) == {"no_highpass", "tail_only"}
+    assert load_checkpoint(tmp_path / "new.pth")["pipeline"]["name"] == Pipeline.from_yaml(COUGH / chosen).name
+    if chosen == "pipeline.yaml":
+        assert "archive/cough/pipeline.yaml reproduces the recorded probabilities (mean" in result.stdout
+        assert "WARNING" not in result.stderr
+    else:
+        assert "WARNING: archive/cough/pipeline.yaml reproduces the recorded probabilities" in result.stderr
+        assert "the chosen archive/cough/variants/tail_only.yaml does not" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def rows(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFactory) -> list[Recording]:
+    """The validation split, and one of its recordings over a loud rumble that a 50 Hz high-pass attenuates."""
+    split = [r for r in read_manifest(demonstration.manifest, demonstration.corpus) if r.split == "val"]
+    _, decoded = next(PIPELINE.steps(split[0].path.read_bytes()))
+    time = np.arange(decoded.data.shape[1]) / decoded.rate
+    path = tmp_path_factory.mktemp("rumble") / "rumble.wav"
+    path.write_bytes(wav(0.3 * decoded.data.numpy() + 0.6 * np.sin(2 * np.pi * 30 * time), decoded.rate))
+    return [*split, Recording("rumble.wav", path, split[0].label, "val")]
+
+
+def test_a_record_made_behind_a_variant_names_the_variant(demonstration: Demonstration, rows: list[Recording]):
+    checkpoint = load_checkpoint(demonstration.checkpoint)
+    service = service_of(checkpoint, torch.device("cpu"))
+    no_highpass = Pipeline.from_yaml(COUGH / "variants" / "no_highpass.yaml")
+    made = predict(replace(service, pipeline=no_highpass), rows, "no_highpass")
+    unfinished, _ = PIPELINE.split(before="replicate")
+    waveform = Pipeline.from_yaml(COUGH / "variants" / "onnx_backend.yaml").split(before="segment")[0]
+    candidates = {"train": PIPELINE, "no_highpass": no_highpass, "unfinished": unfinished, "waveform": waveform}
+    trials = legacy.compare(
+        checkpoint,
+        candidates,
+        rows,
+        torch.device("cpu"),
+        recorded_auc=None,
+        recorded={p.recording.file_path: p.probability for p in made[1:]},
+    )
+    assert [t.name for t in trials] == list(candidates)
+    assert trials[1].max_dp < 1e-6 < 1e-4 < trials[0].max_dp
+    assert all(t.failure and t.auc is None for t in trials[2:])
+    verdict = legacy.judge(trials, rows)
+    assert verdict.doubtful
+    assert verdict.text.startswith("no_highpass reproduces the recorded probabilities")
+    with pytest.raises(LegacyError, match="unfinished does not give what the network takes"):
+        legacy.compare(
+            *(checkpoint, {"unfinished": unfinished}, rows[:1], torch.device("cpu")), recorded_auc=None, recorded={}
+        )
+
+
+def test_probabilities_that_barely_vary_are_refused(demonstration: Demonstration, rows: list[Recording]):
+    checkpoint = load_checkpoint(demonstration.checkpoint)
+    checkpoint["model_state_dict"]["bag_head.4.weight"] *= 1e-3
+    with pytest.raises(LegacyError, match=rf"all {len(rows)} recordings get a probability .* looks untrained"):
+        legacy.compare(*(checkpoint, {"train": PIPELINE}, rows, torch.device("cpu")), recorded_auc=None, recorded={})
