@@ -6,16 +6,19 @@ import io
 import json
 import re
 import struct
+import subprocess
+import sys
 import wave
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 
 from serving.client import Answer, Client
 from serving.server import Server, bearer, session
-from tests.conftest import Demonstration, run_script
+from tests.conftest import ROOT, Demonstration, run_script
 
 # Between a request alone and the same one in a batch: a convolution's last bits may change with the batch's size.
 BATCH_TOLERANCE = 1e-6
@@ -274,3 +277,21 @@ def test_tokens_are_required_and_never_logged(server: Server, good):
     logs = "".join(p.read_text(errors="replace") for p in (server.state_dir / "logs").iterdir())
     for kind in ("inference", "management"):
         assert server.token(kind) not in logs
+
+
+def test_serve_run_serves_the_store_until_a_signal(demonstration: Demonstration, tmp_path):
+    """What the container runs."""
+    command = [sys.executable, "scripts/serve.py", "run", "--ports", "free", "--state-dir", str(tmp_path / "state")]
+    with subprocess.Popen(
+        [*command, "--model-store", str(demonstration.store)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as process:
+        shown = ""
+        while "model " not in shown:
+            line = process.stdout.readline().decode()
+            assert line, shown
+            shown += line
+        assert "cough 1.0, default: workers READY" in shown
+        pid = Server.attach(tmp_path / "state").pid
+        process.terminate()
+        assert process.wait(60) == 0
+    assert not psutil.pid_exists(pid)
