@@ -16,9 +16,10 @@ work=runs/quickstart
 step() { printf '\n== %s\n' "$1"; }
 
 step "1/6 a corpus of synthetic recordings (for demonstration, not for medicine)"
-"$PYTHON" scripts/make_corpus.py --out "$work/corpus" --clips 160
+"$PYTHON" scripts/make_corpus.py --out "$work/corpus" --clips 320 --max-seconds 2.9
 step "2/6 training"
-"$PYTHON" scripts/train.py --manifest "$work/corpus/manifest.csv" --out "$work/train" --epochs 4 --learning-rate 5e-4
+"$PYTHON" scripts/train.py --manifest "$work/corpus/manifest.csv" --out "$work/train" \
+    --epochs 5 --learning-rate 1e-3 --no-augmentation
 step "3/6 evaluation"
 "$PYTHON" scripts/evaluate.py --checkpoint "$work/train/best.pth" --manifest "$work/corpus/manifest.csv" --out "$work/evaluation"
 step "4/6 packaging"
@@ -32,3 +33,8 @@ fi
 "$PYTHON" scripts/register.py model_store/cough-1.0.mar --default --state-dir "$work/server"
 step "6/6 smoke test: served against evaluated"
 "$PYTHON" scripts/smoke_test.py --model cough --state-dir "$work/server"
+step "one request"
+"$PYTHON" scripts/request.py "$work"/evaluation/references/08.* --state-dir "$work/server"
+if [ -n "$keep" ]; then
+    printf '\nthe server goes on; stop it with: %s scripts/serve.py stop --state-dir %s\n' "$PYTHON" "$work/server"
+fi

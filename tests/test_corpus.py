@@ -41,9 +41,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clips():
-    return [
-        synthesize(i, SETTINGS["seed"], min_seconds=1.0, max_seconds=1.5) for i in range(SETTINGS["clips"])
-    ]
+    return [synthesize(i, SETTINGS["seed"], min_seconds=1.0, max_seconds=1.5) for i in range(SETTINGS["clips"])]
 
 
 def test_same_settings_give_the_same_bytes(corpus, tmp_path):

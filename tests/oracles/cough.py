@@ -146,9 +146,7 @@ def mel(
     return mel_filterbank(rate, n_fft, n_mels, f_min, f_max) @ power.swapaxes(1, 2)
 
 
-def decibel(
-    power: ArrayLike, top_db: float = 80.0, amin: float = 1e-10, shared_maximum: bool = False
-) -> Array:
+def decibel(power: ArrayLike, top_db: float = 80.0, amin: float = 1e-10, shared_maximum: bool = False) -> Array:
     """10 log10(max(power, amin)) of (S, F, T), no lower than top_db under the segment's own maximum.
 
     shared_maximum=True floors every segment under the one maximum of them all.
