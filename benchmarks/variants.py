@@ -147,7 +147,7 @@ def picture(table: list[dict], variants: list[str], path: Path) -> None:
     axes.set_xticks(np.arange(len(variants)), variants, rotation=15)
     axes.set(yscale="log", ylabel="mean |change of probability|", title="What each difference from training does")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

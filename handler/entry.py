@@ -26,7 +26,7 @@ def handle(data: list[dict[str, Any]] | None, context: Any) -> list[bytes] | Non
         return None
     headers = [context.get_all_request_header(i) for i in range(len(data))]
     # `GET /models/NAME?customized=true` arrives as a request of its own with this header.
-    responses = {i: Response(200, _service.describe()) for i, h in enumerate(headers) if "describe" in h}
+    responses = {i: Response(200, _service.describe()) for i, h in enumerate(headers) if _is_describe(data[i], h)}
     asked = [i for i in range(len(data)) if i not in responses]
     requests = [_parse(data[i], headers[i], _service.limits) for i in asked]
     responses |= zip(asked, _service.predict(requests), strict=True)
@@ -34,6 +34,11 @@ def handle(data: list[dict[str, Any]] | None, context: Any) -> list[bytes] | Non
         context.set_response_content_type(i, "application/json")
         context.set_response_status(response.status, "" if response.status == 200 else "Refused", i)
     return [json.dumps(responses[i].body, allow_nan=False).encode() for i in range(len(data))]
+
+
+def _is_describe(fields: dict[str, Any], headers: dict[str, Any]) -> bool:
+    # A prediction always has a field, if only an empty body: its caller cannot turn it into this by a header.
+    return headers.get("describe") == "True" and not fields
 
 
 def _parse(fields: dict[str, Any], headers: dict[str, Any], limits: Limits) -> Request | RequestError:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from handler.decisions import build_decision
 from handler.decisions.bag_threshold import BagThreshold
+from handler.definition import read_config
 from handler.pipeline import Pipeline
 from handler.precision import NumericPolicy
 from handler.references import SelfTest, self_test
@@ -66,7 +66,7 @@ class ModelService:
     def unproven(cls, archive_dir: str | Path, device: torch.device) -> ModelService:
         """As `load`, without the replay: for whoever is about to record the references."""
         root = Path(archive_dir)
-        config = yaml.safe_load((root / "model-config.yaml").read_text(encoding="utf-8"))
+        config = read_config(root / "model-config.yaml")
         policy = NumericPolicy(**config["precision"])
         policy.apply()
         return cls(
@@ -84,7 +84,7 @@ class ModelService:
         return self.metrics.get("threshold", self.decision.threshold)
 
     def predict(self, requests: Sequence[Request | RequestError]) -> list[Response]:
-        """One response per request, in order. A request that fails is answered alone and never fails another."""
+        """One response per request, in order. A request that cannot be read is answered alone and never fails another."""
         prepared = [self._prepare(request) for request in requests]
         good = [p for p in prepared if isinstance(p, Signal)]
         outputs = iter(self.runtime([signal.data for signal in good]))

@@ -48,7 +48,7 @@ def main() -> None:
             force=args.force,
             execution=execution,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"build_archive.py: {error}\n")
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 

@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics, predictions, pictures, references")
     parser.add_argument("--references", type=int, default=8, help="recordings to keep for packaging")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="list and leave out recordings that cannot be read"
+    )
     parser.add_argument("--device", default="cpu", help="the reference probabilities are this device's")
     args = parser.parse_args()
     if args.references < 2:
@@ -37,8 +40,9 @@ def main() -> None:
             args.out,
             torch.device(args.device),
             args.references,
+            args.skip_unreadable,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     best = metrics["at_best_threshold"]
     print(

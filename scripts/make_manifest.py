@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn an ESC-style CSV (file, fold, category) into a manifest: one category against the rest, whole folds held out.
 
-Of the folds that are not tested on, every n-th recording of each category validates.
+Of the folds that are not tested on, every n-th source recording of each category validates, with all its clips.
 """
 
 import argparse
@@ -16,10 +16,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="manifest to write")
     parser.add_argument("--positive", default="person_sneeze", help="the category that is labelled 1")
     parser.add_argument("--test-fold", default="4")
-    parser.add_argument("--val-every", type=int, default=4, help="every n-th of the other recordings validates")
+    parser.add_argument("--val-every", type=int, default=4, help="every n-th of the other sources validates")
     args = parser.parse_args()
+    if not args.csv.is_file():
+        parser.error(f"there is no file {args.csv}")
     with open(args.csv, newline="", encoding="utf-8") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: row["file"])
+        rows = sorted(csv.DictReader(file), key=lambda row: row.get("file", ""))
+    absent = {"file", "fold", "category"} - set(rows[0] if rows else ())
+    if absent:
+        parser.error(f"{args.csv} has no column {', '.join(sorted(absent))}, or no rows")
     if args.positive not in {row["category"] for row in rows}:
         parser.error(
             f"--positive is {args.positive!r}, expected one of {', '.join(sorted({r['category'] for r in rows}))}"
@@ -41,7 +46,7 @@ def main() -> None:
                 split = "test"
             else:
                 # Clips cut from one source share the file name's middle part: they must stay on one side.
-                source = row["file"].split("-")[1]
+                source = row["file"].split("-")[1] if "-" in row["file"] else row["file"]
                 key = f"{row['category']}/{source}"
                 if key not in seen:
                     seen[key] = sum(k.startswith(row["category"] + "/") for k in seen)

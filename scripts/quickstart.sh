@@ -23,14 +23,15 @@ step "2/6 training"
 step "3/6 evaluation"
 "$PYTHON" scripts/evaluate.py --checkpoint "$work/train/best.pth" --manifest "$work/corpus/manifest.csv" --out "$work/evaluation"
 step "4/6 packaging"
-"$PYTHON" scripts/build_archive.py --checkpoint "$work/train/best.pth" --evaluation "$work/evaluation" --version 1.0 --force
+"$PYTHON" scripts/build_archive.py --checkpoint "$work/train/best.pth" --evaluation "$work/evaluation" \
+    --version 1.0 --out "$work/model_store" --force
 step "5/6 serving"
 if "$PYTHON" scripts/serve.py status --state-dir "$work/server" > /dev/null; then
     "$PYTHON" scripts/serve.py stop --state-dir "$work/server"
 fi
 [ -n "$keep" ] || trap '"$PYTHON" scripts/serve.py stop --state-dir "$work/server"' EXIT
-"$PYTHON" scripts/serve.py start --state-dir "$work/server" --ports free
-"$PYTHON" scripts/register.py model_store/cough-1.0.mar --default --state-dir "$work/server"
+"$PYTHON" scripts/serve.py start --state-dir "$work/server" --model-store "$work/model_store" --ports free
+"$PYTHON" scripts/register.py "$work/model_store/cough-1.0.mar" --default --state-dir "$work/server"
 step "6/6 smoke test: served against evaluated"
 "$PYTHON" scripts/smoke_test.py --model cough --state-dir "$work/server"
 step "one request"

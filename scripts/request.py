@@ -26,9 +26,8 @@ def main() -> int:
     try:
         server = Server.attach(arguments.state_dir)
         path = "/".join(filter(None, ("predictions", arguments.model, arguments.version)))
-        # The token stays in its file: a command line is visible to every user of the machine.
         print(
-            f"TOKEN=$(python3 -c \"import json; print(json.load(open('{arguments.state_dir}/key_file.json'))['inference']['key'])\")\n"
+            f"TOKEN=$(python scripts/serve.py token --state-dir {arguments.state_dir})\n"
             "curl -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: application/octet-stream' \\\n"
             f"     --data-binary @{arguments.file} {server.inference_url}/{path}\n"
         )

@@ -3,6 +3,7 @@
 python scripts/serve.py start      then register archives with scripts/register.py
 python scripts/serve.py status     exits with 1 when none is running or a model has no worker
 python scripts/serve.py stop
+python scripts/serve.py token      prints an inference token that is good for up to an hour; each renewal ends the one before
 python scripts/serve.py run        in the foreground, with every archive of the model store, until a signal: for containers
 """
 
@@ -17,13 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from serving.errors import ServerError, UsageError
+from serving.errors import LoadError, ServerError, UsageError
 from serving.server import CONFIG, Server
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["start", "stop", "status", "run"])
+    parser.add_argument("action", choices=["start", "stop", "status", "token", "run"])
     parser.add_argument("--state-dir", type=Path, default=Path(".server"), help="tokens, logs, process id (.server)")
     parser.add_argument("--model-store", type=Path, default=Path("model_store"), help="archives (model_store)")
     parser.add_argument("--config", type=Path, default=CONFIG, help="TorchServe's settings (config.properties)")
@@ -39,6 +40,9 @@ def main() -> int:
         if arguments.action == "stop":
             server.stop()
             print(f"stopped process {server.pid}")
+            return 0
+        if arguments.action == "token":
+            print(server.token("inference"))
             return 0
         status = server.status()
         show(status)
@@ -61,7 +65,10 @@ def run(model_store: Path, state_dir: Path, config: Path, ports: str | None) -> 
     server = Server.start(model_store, state_dir, config, ports)
     try:
         for archive in sorted(model_store.glob("*.mar"), key=_by_version):
-            server.register(archive, default=True)
+            try:
+                server.register(archive, default=True)
+            except LoadError as error:
+                raise ServerError(f"{archive.name} does not load: {error}") from error
         show(server.status())
         sys.stdout.flush()
         while server.process():

@@ -30,8 +30,8 @@ def recordings_of(args: argparse.Namespace) -> list[tuple[str, Path, int | None]
         rows = read_manifest(args.manifest, args.audio_root or args.manifest.parent)
         # A manifest may have absolute paths, which would say where on this machine the recordings are.
         found = [
-            (r.path.name if Path(r.file_path).is_absolute() else r.file_path, r.path, r.label)
-            for r in rows
+            (f"{n}-{r.path.name}" if Path(r.file_path).is_absolute() else r.file_path, r.path, r.label)
+            for n, r in enumerate(rows, start=1)
             if r.split == args.split
         ]
         empty = f"{args.manifest} has no recordings in split '{args.split}'"

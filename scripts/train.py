@@ -8,8 +8,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 
+from handler.definition import read_config
 from handler.pipeline import Pipeline
 from training.fit import Config, describe_run, fit
 from training.manifest import read_manifest
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
-        definitions = yaml.safe_load((args.archive / "model-config.yaml").read_text(encoding="utf-8"))
+        definitions = read_config(args.archive / "model-config.yaml")
         checkpoint = fit(
             read_manifest(args.manifest, args.audio_root or args.manifest.parent),
             Pipeline.from_yaml(args.archive / "pipeline.yaml"),
@@ -52,7 +52,7 @@ def main() -> None:
             device=torch.device(args.device),
             skip_unreadable=args.skip_unreadable,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"train.py: {error}\n")
     print(f"{args.out / 'best.pth'}: {describe_run(checkpoint)}")
 

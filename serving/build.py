@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from handler.definition import read_config
 from handler.pipeline import Pipeline
 from handler.references import SelfTestError, library_versions, record
 from handler.service import ModelService
@@ -22,15 +24,9 @@ from parity.probes import probes
 from serving.errors import BuildError
 from serving.execution import Execution
 from training.checkpoint import file_digest, load_checkpoint, network_of
+from training.evaluate import MIN_REFERENCE_SPREAD
 
 _ROOT = Path(__file__).resolve().parents[1]
-
-# The largest difference in probability at which served and evaluated are still called equal; rounding alone is a
-# hundred to a thousand times smaller.
-TOLERANCE = 1e-4
-
-# Probabilities of an untrained network hardly depend on the recording.
-MIN_REFERENCE_SPREAD = 0.05
 
 
 def build_archive(
@@ -61,7 +57,7 @@ def build_archive(
     name = archive.resolve().name
     checkpoint = load_checkpoint(checkpoint_path)
     pipeline = Pipeline.from_yaml(archive / "pipeline.yaml")
-    config = yaml.safe_load((archive / "model-config.yaml").read_text(encoding="utf-8"))
+    config = read_config(archive / "model-config.yaml")
     execution = execution or Execution.of(config)
     _check_pipeline(pipeline, Pipeline.from_dict(checkpoint["pipeline"]))
     network = network_of(checkpoint, config["network"])
@@ -100,8 +96,10 @@ def build_archive(
         _prove(staged)
         unpacked = _archive_directory(staged, weights, name, version, Path(scratch))
         target = out / f"{name}-{version}.mar"
-        unfinished = target.with_suffix(".tmp")
-        _zip_reproducibly(unpacked, unfinished)
+        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+        packed = Path(scratch, "packed")
+        _zip_reproducibly(unpacked, packed)
+        shutil.move(packed, unfinished)
     if target.exists() and not force and target.read_bytes() != unfinished.read_bytes():
         unfinished.unlink()
         raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
@@ -129,6 +127,10 @@ def _prove(staged: Path) -> None:
     for entry in entries:
         if file_digest(references / entry["file"]) != entry["sha256"]:
             raise BuildError(f"reference {entry['file']} is not the recording that was evaluated ({entry['source']})")
+    if len(entries) < 2:
+        raise BuildError(
+            f"the evaluation kept {len(entries)} reference recordings, expected at least 2; evaluate again"
+        )
     probabilities = [entry["probability"] for entry in entries]
     spread = max(probabilities) - min(probabilities)
     if not spread >= MIN_REFERENCE_SPREAD:

@@ -109,8 +109,8 @@ class Execution:
     def measure(self, service: ModelService, evaluation: Path) -> dict[str, Any]:
         """Compare a reduced service with what evaluation recorded; returns the figures.
 
-        Raises BuildError with them when a reference is off by more than the tier's tolerance (within it, only what is
-        that close to the threshold can change sides), or the AUC on `split` by more than MAX_AUC_DIFFERENCE; also for
+        Raises BuildError with them when a reference is off by more than the tier's tolerance, when a decision changes
+        that was further than that from the threshold, or when the AUC on `split` by more than MAX_AUC_DIFFERENCE; also for
         recordings that are not those that evaluation measured.
         """
         rows, predictions = self._replay(service, evaluation)
@@ -139,6 +139,10 @@ class Execution:
             problems.append(
                 f"{far} of {len(references)} references are off by more than {allowed} (largest {max(differences):.4f})"
             )
+        flipped = (now > service.threshold) != (evaluated > service.threshold)
+        far = int((flipped & (np.abs(evaluated - service.threshold) > allowed)).sum())
+        if far:
+            problems.append(f"{far} decisions change that were further than {allowed} from the threshold")
         apart = abs(figures["auc"] - figures["auc_evaluated"])
         if not apart <= MAX_AUC_DIFFERENCE:
             problems.append(

@@ -168,12 +168,16 @@ class Server:
         if child := _CHILDREN.pop(self.pid, None):
             child.wait()
         with _lock(self.state_dir):
-            _remove_leavings(self.state_dir)
+            # Unless another server has been started here in the meantime.
+            if (found := self._read(self.state_dir)) is None or found.pid == self.pid:
+                _remove_leavings(self.state_dir)
 
     def token(self, kind: TokenKind) -> str:
         """The token for one API, renewed when it expires within RENEW_BEFORE_S. Never log or print it."""
         # One caller renews while others wait: a renewal ends the token before it.
         with _lock(self.state_dir):
+            if not (self.state_dir / "key_file.json").exists():
+                raise ServerError("the server is still starting and has no tokens yet; try again in a few seconds")
             keys = json.loads((self.state_dir / "key_file.json").read_text())
             expires = datetime.fromisoformat(keys[kind]["expiration time"])
             if (expires - datetime.now(UTC)).total_seconds() < RENEW_BEFORE_S:
@@ -303,7 +307,7 @@ class Server:
                 return False
             answer = session().get(f"{self.inference_url}/ping", headers=bearer(self.token("inference")), timeout=5.0)
             return answer.ok
-        except (psutil.NoSuchProcess, requests.ConnectionError):
+        except (psutil.NoSuchProcess, requests.RequestException):
             return False
 
     @classmethod
@@ -318,7 +322,9 @@ class Server:
     def _write(self) -> None:
         state = asdict(self) | {"model_store": str(self.model_store)}
         del state["state_dir"]
-        (self.state_dir / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        unfinished = self.state_dir / "state.tmp"
+        unfinished.write_text(json.dumps(state, indent=2) + "\n")
+        unfinished.replace(self.state_dir / "state.json")
 
 
 def session() -> requests.Session:

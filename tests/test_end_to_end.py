@@ -10,6 +10,7 @@ import subprocess
 import sys
 import wave
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -56,7 +57,8 @@ def test_smoke_test_passes_on_every_path(server: Server):
 def test_smoke_test_fails_on_another_number(server: Server, demonstration: Demonstration, tmp_path, monkeypatch):
     from serving import smoke
 
-    references = smoke.References.from_archive(demonstration.archive)
+    whole = smoke.References.from_archive(demonstration.archive)
+    references = replace(whole, entries=whole.entries[:2], audio=whole.audio[:2])
     references.entries[0]["probability"] += 2e-4
     monkeypatch.setattr(smoke.References, "from_archive", lambda path: references)
     rows = smoke.smoke_test(server, "cough")
@@ -255,25 +257,45 @@ def test_an_upload_beyond_torchserves_own_limit_is_refused(client: Client, good)
     assert client.predict_rest("cough", good[0]).status == 200
 
 
+def _worker_pids(server: Server) -> set[int]:
+    return {child.pid for child in psutil.Process(server.pid).children(recursive=True)}
+
+
+def test_bytes_that_would_make_ffmpeg_open_sockets_are_refused(client: Client):
+    """An MPEG frame header in front of a session description: FFmpeg, left to guess, would wait for a stream."""
+    session_description = b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 55004 RTP/AVP 0\n"
+    for start in (b"\xff\xfb\n", b"\xff\xf1\n", b"fLaC\n", b"ID3\n"):
+        answer = client.predict_rest("cough", start + session_description, timeout=30)
+        assert answer.status == 400
+
+
+def test_a_caller_cannot_turn_a_prediction_into_a_description(client: Client, good):
+    answer = client.predict_rest("cough", good[0], headers={"describe": "True"})
+    assert "file_probability" in answer.body
+    answer = client.predict_rest("cough", good[0], fields={"describe": "True"}, multipart=True)
+    assert "file_probability" in answer.body
+
+
 def test_bad_requests_leave_their_neighbours_alone(client: Client, server: Server, refused, good):
     """Good and bad requests at once, so that batches mix them: each gets its own answer."""
     audio, reference = good
     bad = [(a, s) for name, (a, s, _) in refused.items() if name not in ("too large", "too long")]
     sent = [(audio, 200)] * 8 + bad + [(audio, 200)] * 8
-    workers = server.models()[0]["workers"]
+    workers = _worker_pids(server)
     with ThreadPoolExecutor(len(sent)) as pool:
         answers = list(pool.map(lambda item: client.predict_rest("cough", item[0]), sent))
     assert [a.status for a in answers] == [status for _, status in sent]
     for answer in (a for a in answers if a.status == 200):
         assert answer.body["file_probability"] == pytest.approx(reference["probability"], abs=BATCH_TOLERANCE)
-    assert server.models()[0]["workers"] == workers
+    assert _worker_pids(server) == workers
     assert "Prediction failed" not in (server.state_dir / "logs" / "model_log.log").read_text()
 
 
 def test_tokens_are_required_and_never_logged(server: Server, good):
     with session() as connection:
-        reply = connection.post(f"{server.inference_url}/predictions/cough", data=good[0], timeout=60)
-    assert reply.status_code in (400, 401, 403)
+        octets = {"Content-Type": "application/octet-stream"}
+        reply = connection.post(f"{server.inference_url}/predictions/cough", data=good[0], headers=octets, timeout=60)
+    assert (reply.status_code, reply.json()["type"]) == (400, "InvalidKeyException")
     logs = "".join(p.read_text(errors="replace") for p in (server.state_dir / "logs").iterdir())
     for kind in ("inference", "management"):
         assert server.token(kind) not in logs

@@ -1,5 +1,7 @@
 """Augmentation of scaled spectrograms, `(S, F, T)` in [-1, 1], where 80 dB span the range.
 
+They come letterboxed out of the cache: gain and noise reach the padding, too.
+
 Gain, background noise and SpecAugment's time and frequency masks (D. S. Park et al., "SpecAugment: A Simple Data
 Augmentation Method for Automatic Speech Recognition", Interspeech 2019).
 """

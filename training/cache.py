@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Iterable
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from handler import stages
 from handler.pipeline import Pipeline
+from handler.references import library_versions
 from handler.stages import InputError, Signal
 from training.manifest import Recording
 
@@ -32,13 +35,13 @@ class UnreadableRecordings(ValueError):
 class SpectrogramCache:
     """The pipeline, cut in two: `spectrograms` is computed once per recording and kept, `finish` runs every time.
 
-    Entries live below a folder named after the fingerprint of the cached stages and are named after the digest of the
-    recording's bytes: another pipeline or another file is another entry, never a stale one.
+    Entries live below a folder named after the fingerprint of the cached stages, their code and the libraries they call,
+    and are named after the digest of the recording's bytes: whatever could change a number is another entry.
     """
 
     def __init__(self, root: str | Path, pipeline: Pipeline):
         self._first, self._last = pipeline.split(before=_SPLIT_BEFORE)
-        self._dir = Path(root) / self._first.fingerprint[:16]
+        self._dir = Path(root) / _key(self._first)
         self._dir.mkdir(parents=True, exist_ok=True)
 
     def prepare(
@@ -74,3 +77,9 @@ class SpectrogramCache:
                 np.save(file, self._first(audio).numpy())
             unfinished.replace(path)
         return path
+
+
+def _key(pipeline: Pipeline) -> str:
+    code = b"".join(path.read_bytes() for path in sorted(Path(stages.__file__).parent.glob("*.py")))
+    parts = json.dumps([pipeline.fingerprint, library_versions()]).encode() + code
+    return f"{pipeline.fingerprint[:16]}-{hashlib.sha256(parts).hexdigest()[:8]}"

@@ -36,14 +36,19 @@ from handler.service import ModelService
 from handler.stages import InputError
 from training.cache import UnreadableRecordings
 from training.checkpoint import file_digest, network_of
-from training.manifest import Recording, manifest_digest, select
+from training.manifest import Recording, manifest_digest, require_both_labels, select
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 _CANDIDATES = np.linspace(0.01, 0.99, 99)
+
+# References travel in every archive: larger recordings become one only where there are not enough smaller ones.
 _MAX_REFERENCE_BYTES = 2_000_000
+
+# Probabilities of an untrained network hardly depend on the recording: an archive's references must span this much.
+MIN_REFERENCE_SPREAD = 0.05
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,13 @@ def service_of(checkpoint: dict[str, Any], device: torch.device) -> ModelService
     )
 
 
-def predict(service: ModelService, recordings: list[Recording], label: str) -> list[Prediction]:
-    """Score recordings one by one, with a progress bar; raises UnreadableRecordings listing those it cannot read."""
+def predict(
+    service: ModelService, recordings: list[Recording], label: str, *, skip_unreadable: bool = False
+) -> list[Prediction]:
+    """Score recordings one by one, with a progress bar.
+
+    Raises UnreadableRecordings listing those it cannot read, unless `skip_unreadable`, which prints the list.
+    """
     predictions, failures = [], {}
     for recording in tqdm(recordings, desc=label, unit="clip"):
         audio = recording.path.read_bytes()
@@ -82,7 +92,10 @@ def predict(service: ModelService, recordings: list[Recording], label: str) -> l
         digest = hashlib.sha256(audio).hexdigest()
         predictions.append(Prediction(recording, digest, probability, outputs["segment_probabilities"].tolist()))
     if failures:
-        raise UnreadableRecordings(failures)
+        problem = UnreadableRecordings(failures)
+        if not skip_unreadable:
+            raise problem
+        print(f"skipping: {problem}")
     return predictions
 
 
@@ -115,6 +128,7 @@ def evaluate(
     out: Path,
     device: torch.device,
     references: int = 8,
+    skip_unreadable: bool = False,
 ) -> dict[str, Any]:
     """Measure on `split` with the threshold chosen on `val`; write metrics.json, predictions.csv, pictures and a few
     reference recordings with their probabilities to `out`. Returns what metrics.json holds.
@@ -123,14 +137,19 @@ def evaluate(
     """
     service = service_of(checkpoint, device)
     val_rows, rows = select(recordings, "val"), select(recordings, split)
-    validation = predict(service, val_rows, "val")
-    predictions = validation if split == "val" else predict(service, rows, split)
+    validation = predict(service, val_rows, "val", skip_unreadable=skip_unreadable)
+    predictions = validation
+    if split != "val":
+        predictions = predict(service, rows, split, skip_unreadable=skip_unreadable)
+    for read in (validation, predictions):
+        require_both_labels([p.recording for p in read], "what could be read")
     threshold = best_threshold(*_arrays(validation))
     labels, probabilities = _arrays(predictions)
     fraction, mean = calibration_curve(labels, probabilities, n_bins=10)
     metrics = {
         "split": split,
         "recordings": len(labels),
+        "skipped": len(rows) - len(labels),
         "positives": int(labels.sum()),
         "threshold": threshold,
         "threshold_chosen_on": "val",
@@ -152,6 +171,7 @@ def evaluate(
         "library_versions": library_versions(),
     }
     out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json").unlink(missing_ok=True)
     _write_predictions(out / "predictions.csv", validation if split == "val" else validation + predictions)
     _write_references(out / "references", predictions, references)
     _write_pictures(out, labels, probabilities, metrics)
@@ -186,7 +206,10 @@ def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
 
 def _write_references(folder: Path, predictions: list[Prediction], count: int) -> None:
     """Copy recordings evenly spread over the range of probabilities, with what the service computed for them."""
-    small = [p for p in predictions if p.recording.path.stat().st_size <= _MAX_REFERENCE_BYTES]
+    by_size = sorted(predictions, key=lambda p: p.recording.path.stat().st_size)
+    small = [p for p in by_size if p.recording.path.stat().st_size <= _MAX_REFERENCE_BYTES]
+    if len(small) < count:
+        small = by_size[:count]
     ranked = sorted(small, key=lambda p: (p.probability, p.sha256))
     places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
     shutil.rmtree(folder, ignore_errors=True)

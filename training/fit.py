@@ -26,7 +26,7 @@ from handler.references import library_versions
 from training.augment import augment
 from training.cache import SpectrogramCache
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from training.manifest import Recording, manifest_digest, select
+from training.manifest import Recording, manifest_digest, require_both_labels, select
 
 Entry = tuple[Recording, Path]
 
@@ -71,8 +71,8 @@ def fit(
     """Train on the `train` split, choose the epoch by the `val` split; returns the best checkpoint.
 
     definitions: the archive's `network` and `decision`, stored with the weights.
-    out: receives best.pth and last.pth; a run found there is continued if everything that shapes it is equal, and
-        refused otherwise. Raises ManifestError, UnreadableRecordings, CheckpointError, ValueError.
+    out: receives best.pth and last.pth; a run found there is continued if its config, pipeline, network and manifest
+        are the same, and refused otherwise. Raises ManifestError, UnreadableRecordings, CheckpointError, ValueError.
     """
     NumericPolicy().apply()
     train_rows, val_rows = select(recordings, "train"), select(recordings, "val")
@@ -89,6 +89,8 @@ def fit(
     cache = SpectrogramCache(cache_dir, pipeline)
     train = cache.prepare(train_rows, skip_unreadable=skip_unreadable)
     val = cache.prepare(val_rows, skip_unreadable=skip_unreadable)
+    for entries in (train, val):
+        require_both_labels([recording for recording, _ in entries], "what could be read")
 
     torch.manual_seed(config.seed)
     network = build_network(definitions["network"])

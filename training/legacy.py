@@ -24,10 +24,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from handler.pipeline import Pipeline
-from serving.build import MIN_REFERENCE_SPREAD, TOLERANCE
+from handler.precision import TOLERANCES
 from training.cache import UnreadableRecordings
 from training.checkpoint import CheckpointError, file_digest, load_checkpoint, network_of, save_checkpoint
-from training.evaluate import predict, service_of
+from training.evaluate import MIN_REFERENCE_SPREAD, predict, service_of
 from training.manifest import Recording
 
 # What the parameters of a pipeline and a network are called in the training scripts that wrote such files.
@@ -473,7 +473,7 @@ class Verdict:
 def judge(trials: Sequence[Trial], rows: Sequence[Recording]) -> Verdict:
     """Which pipeline reproduces the record best, and whether the chosen one (the first) is as good.
 
-    By recorded probabilities where there are any: as good is within TOLERANCE everywhere, or within twice the best
+    By recorded probabilities where there are any: as good is within the exact tier's tolerance everywhere, or within twice the best
     one's mean difference. Else by the AUC, the share of pairs of recordings in the right order: as good is within half
     a pair, or _AUC_NOISE, of the best one's gap.
     """
@@ -481,8 +481,8 @@ def judge(trials: Sequence[Trial], rows: Sequence[Recording]) -> Verdict:
     if chosen.mean_dp is not None:
         measured = sorted((t for t in trials if t.mean_dp is not None), key=lambda t: t.mean_dp)
         best = measured[0]
-        alike = [t for t in measured if t.max_dp <= TOLERANCE or t.mean_dp <= 2 * best.mean_dp]
-        reproduced = best.max_dp <= TOLERANCE
+        alike = [t for t in measured if t.max_dp <= TOLERANCES["exact"] or t.mean_dp <= 2 * best.mean_dp]
+        reproduced = best.max_dp <= TOLERANCES["exact"]
         what, more = "the recorded probabilities", ""
         shown = {t.name: f"mean |dp| {t.mean_dp:.1e}, largest {t.max_dp:.1e}" for t in measured}
     elif chosen.auc_gap is not None:

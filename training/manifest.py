@@ -58,12 +58,16 @@ def read_manifest(manifest: str | Path, audio_root: str | Path) -> list[Recordin
 def select(recordings: list[Recording], split: str) -> list[Recording]:
     """The recordings of one split; raises ManifestError unless both labels occur in it."""
     chosen = [r for r in recordings if r.split == split]
-    positives = sum(r.label for r in chosen)
-    if not 0 < positives < len(chosen):
-        raise ManifestError(
-            f"split '{split}' has {positives} positive and {len(chosen) - positives} negative recordings; it needs both"
-        )
+    require_both_labels(chosen, f"split '{split}'")
     return chosen
+
+
+def require_both_labels(recordings: list[Recording], what: str) -> None:
+    """Raise ManifestError, naming `what`, unless there are positive and negative recordings."""
+    positives = sum(r.label for r in recordings)
+    if not 0 < positives < len(recordings):
+        negatives = len(recordings) - positives
+        raise ManifestError(f"{what} has {positives} positive and {negatives} negative recordings; it needs both")
 
 
 def manifest_digest(recordings: list[Recording]) -> str:

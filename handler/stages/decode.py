@@ -92,6 +92,10 @@ class Decode(Stage, name="decode"):
 
 _SNDFILE = ("WAV", "AIFF", "Ogg")
 
+# Named, because FFmpeg would try every demuxer on bytes that only look like their container, those for playlists and
+# network streams among them.
+_DEMUXERS = {"FLAC": "flac", "MP3": "mp3", "Opus": "ogg", "MP4": "mov", "WebM": "matroska", "AAC": "aac"}
+
 
 def identify(data: bytes) -> str:
     """The container's name, from its first bytes; raises InputError for what is not one of FORMATS."""
@@ -166,7 +170,7 @@ def _read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]
     """Blocks of `(rate, float32 (channels, frames))` by FFmpeg's demuxers and decoders."""
     if container == "Opus":
         _check_ogg_complete(data)
-    with av.open(io.BytesIO(data), metadata_errors="replace") as file:
+    with av.open(io.BytesIO(data), format=_DEMUXERS[container], metadata_errors="replace") as file:
         if not file.streams.audio or file.streams.audio[0].codec_context is None:
             raise InputError(f"the {container} data has no audio track that can be read; send a file with one")
         stream = file.streams.audio[0]

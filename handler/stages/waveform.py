@@ -81,7 +81,7 @@ class Resample(Stage, name="resample"):
         return seconds + self.lowpass_filter_width / (self.rolloff * min(rate, self.rate)) + 2 / rate
 
 
-_MAX_KERNEL = 2**24
+_MAX_KERNEL = 2**20  # phases times input samples; 44.1 kHz to 16 kHz needs 70,560
 
 
 @lru_cache(maxsize=32)
