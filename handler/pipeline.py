@@ -120,10 +120,11 @@ class Pipeline:
 
     def resume(self, signal: Signal) -> Iterator[tuple[str, Signal]]:
         """Run all stages on a signal, such as the one a `split` pipeline's first part gave."""
-        with torch.no_grad():
-            for name, stage in self.stages.items():
+        for name, stage in self.stages.items():
+            # Not around the yield: the caller would go on without gradients, for good if it stops half-way.
+            with torch.no_grad():
                 signal = stage(signal)
-                yield name, signal
+            yield name, signal
 
     def head_s(self, rate: int) -> float:
         """Seconds from the start of a recording at `rate` Hz that determine the output; `math.inf`: all of it."""

@@ -152,7 +152,7 @@ class Execution:
         if problems:
             raise BuildError(
                 f"{self.precision} is too far from the evaluated network: {'; '.join(problems)}. On that split, the largest "
-                f"|dp| is {figures['max_dp']:.4f} and {figures['flips']} decisions change. Choose another --precision"
+                f"|dp| is {figures['max_dp']:.4f} and decisions change for {figures['flips']}. Choose another --precision"
             )
         return figures
 

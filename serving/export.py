@@ -183,6 +183,8 @@ def to_int8(model: ModelProto, recordings: Iterable[torch.Tensor]) -> ModelProto
     if absent:
         raise ValueError(f"the graph has no {', '.join(sorted(absent))}, which int8 keeps in float32")
     heads = [node.name for node in model.graph.node if not _in_backbone(node)]
+    (preceding,) = (i for i in model.graph.input if i.name == "preceding_features")
+    features = preceding.type.tensor_type.shape.dim[2].dim_value
     with tempfile.TemporaryDirectory() as scratch:
         prepared, target = Path(scratch, "float.onnx"), Path(scratch, "int8.onnx")
         # Infers shapes. The exporter has folded what there is to fold.
@@ -190,7 +192,7 @@ def to_int8(model: ModelProto, recordings: Iterable[torch.Tensor]) -> ModelProto
         quantize_static(
             prepared,
             target,
-            _Calibration(recordings),
+            _Calibration(recordings, features),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(_INT8_OPERATORS),
             nodes_to_exclude=[*heads, *_FLOAT_IN_INT8],
@@ -203,8 +205,9 @@ def to_int8(model: ModelProto, recordings: Iterable[torch.Tensor]) -> ModelProto
 
 
 class _Calibration(CalibrationDataReader):
-    def __init__(self, recordings: Iterable[torch.Tensor]):
+    def __init__(self, recordings: Iterable[torch.Tensor], features: int):
         self._recordings = iter(recordings)
+        self._none = np.zeros((1, 0, features), dtype=np.float32)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         segments = next(self._recordings, None)
@@ -213,7 +216,7 @@ class _Calibration(CalibrationDataReader):
         return {
             "spectrograms": segments.unsqueeze(0).numpy(),
             "segment_mask": np.ones((1, len(segments)), dtype=bool),
-            "preceding_features": np.zeros((1, 0, 512), dtype=np.float32),
+            "preceding_features": self._none,
         }
 
 

@@ -548,3 +548,9 @@ def test_memory_does_not_grow_with_the_recording(pipeline):
     assert decoded.data.shape[1] <= 17.5015 * 8000
     assert decoded.facts["duration_s"] == 1200.0
     assert highest < 4_000_000
+
+
+def test_stopping_half_way_leaves_gradients_on(pipeline):
+    steps = pipeline.steps(loud_ending(16000, 48000, channels=1))
+    assert next(steps)[0] == "decode"
+    assert torch.is_grad_enabled()

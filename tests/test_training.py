@@ -91,7 +91,8 @@ def test_unreadable_recordings_are_named_and_stop_the_run(demonstration: Demonst
         cache.prepare(recordings)
     assert list(error.value.failures) == [r.file_path for r in bad]
     assert len(cache.prepare(recordings, skip_unreadable=True)) == len(recordings) - 2
-    result = run_script("train", "--manifest", corpus / "manifest.csv", "--out", tmp_path / "run", check=False)
+    train = ("--manifest", corpus / "manifest.csv", "--out", tmp_path / "run", "--cache", tmp_path / "cache")
+    result = run_script("train", *train, check=False)
     assert result.returncode == 2
     assert all(r.file_path in result.stderr for r in bad)
     assert not (tmp_path / "run" / "best.pth").exists()
