@@ -215,3 +215,28 @@ def test_evaluating_twice_gives_the_same_files(demonstration: Demonstration, tmp
     run_script("evaluate", *arguments, "--out", tmp_path)
     for name in ("metrics.json", "predictions.csv", "references/references.json"):
         assert (tmp_path / name).read_bytes() == (demonstration.evaluation / name).read_bytes()
+
+
+def test_evaluation_names_unreadable_recordings_or_skips_them(demonstration: Demonstration, tmp_path: Path):
+    corpus = tmp_path / "corpus"
+    shutil.copytree(demonstration.corpus, corpus)
+    recordings = read_manifest(corpus / "manifest.csv", corpus)
+    bad = next(r for r in recordings if r.split == "test")
+    bad.path.write_bytes(b"not audio")
+    arguments = (
+        "--checkpoint",
+        demonstration.checkpoint,
+        "--manifest",
+        corpus / "manifest.csv",
+        "--out",
+        tmp_path / "out",
+    )
+    result = run_script("evaluate", *arguments, check=False)
+    assert result.returncode == 2
+    assert bad.file_path in result.stderr
+    assert not (tmp_path / "out").exists()
+    result = run_script("evaluate", *arguments, "--skip-unreadable")
+    assert bad.file_path in result.stdout
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["skipped"] == 1
+    assert metrics["recordings"] == sum(r.split == "test" for r in recordings) - 1

@@ -32,6 +32,15 @@ class UnreadableRecordings(ValueError):
         super().__init__(f"{len(failures)} recording(s) cannot be read:\n{listed}")
 
 
+def report_unreadable(failures: dict[str, str], skip: bool) -> None:
+    """Raise UnreadableRecordings when there are any; with `skip`, print its message instead."""
+    if failures:
+        problem = UnreadableRecordings(failures)
+        if not skip:
+            raise problem
+        print(f"skipping: {problem}")
+
+
 class SpectrogramCache:
     """The pipeline, cut in two: `spectrograms` is computed once per recording and kept, `finish` runs every time.
 
@@ -58,11 +67,7 @@ class SpectrogramCache:
                 entries.append((recording, self._entry(recording.path.read_bytes())))
             except InputError as error:
                 failures[recording.file_path] = str(error)
-        if failures:
-            problem = UnreadableRecordings(failures)
-            if not skip_unreadable:
-                raise problem
-            print(f"skipping: {problem}")
+        report_unreadable(failures, skip_unreadable)
         return entries
 
     def finish(self, spectrograms: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from handler.references import library_versions
 from handler.runtimes.eager import EagerRuntime
 from handler.service import ModelService
 from handler.stages import InputError
-from training.cache import UnreadableRecordings
+from training.cache import report_unreadable
 from training.checkpoint import file_digest, network_of
 from training.manifest import Recording, manifest_digest, require_both_labels, select
 
@@ -91,11 +91,7 @@ def predict(
             continue
         digest = hashlib.sha256(audio).hexdigest()
         predictions.append(Prediction(recording, digest, probability, outputs["segment_probabilities"].tolist()))
-    if failures:
-        problem = UnreadableRecordings(failures)
-        if not skip_unreadable:
-            raise problem
-        print(f"skipping: {problem}")
+    report_unreadable(failures, skip_unreadable)
     return predictions
 
 
