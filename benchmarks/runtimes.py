@@ -59,7 +59,7 @@ def main() -> None:
     segments = torch.cat(inputs)
     segments = segments.repeat(-(-SEGMENTS // len(segments)), 1, 1, 1)[:SEGMENTS]
 
-    probabilities = [[first.decision.score(o) for o in service.runtime(inputs)] for service, _ in loaded]
+    probabilities = [[first.decision.scores(o) for o in service.runtime(inputs)] for service, _ in loaded]
     seconds: list[list[float]] = [[] for _ in loaded]
     # Round 0 warms up.
     for number in trange(args.rounds + 1, desc="rounds"):

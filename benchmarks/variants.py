@@ -93,7 +93,7 @@ def main() -> None:
             audio = recorded(row.path.read_bytes(), condition, seed)
             inputs = [service.pipeline(audio), *(pipeline(audio) for pipeline in pipelines.values())]
             for variant, output in zip(scores, service.runtime(inputs), strict=True):
-                scores[variant].append(service.decision.score(output))
+                scores[variant].append(service.decision.scores(output)[0])
         reference = np.array(scores.pop("training"))
         before = {"condition": name, "auc_training": float(roc_auc_score(labels, reference))}
         for variant, values in scores.items():

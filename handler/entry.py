@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from handler.precision import choose_device
-from handler.request import Limits, Request, RequestError, parse_request
+from handler.request import BatchRequest, Limits, Request, RequestError, parse_request
 from handler.service import ModelService, Response
 
 _service: ModelService | None = None
@@ -41,7 +41,7 @@ def _is_describe(fields: dict[str, Any], headers: dict[str, Any]) -> bool:
     return headers.get("describe") == "True" and not fields
 
 
-def _parse(fields: dict[str, Any], headers: dict[str, Any], limits: Limits) -> Request | RequestError:
+def _parse(fields: dict[str, Any], headers: dict[str, Any], limits: Limits) -> Request | BatchRequest | RequestError:
     # Beside the headers proper, TorchServe puts a dict for every form field into the same mapping.
     texts = {name: value for name, value in headers.items() if isinstance(value, str)}
     try:

@@ -92,31 +92,30 @@ class Pipeline:
         """SHA-256 of the normalised stage list, 64 hex digits. The pipeline's name is not part of it."""
         return hashlib.sha256(json.dumps(self.to_dict()["stages"], sort_keys=True).encode()).hexdigest()
 
-    def __call__(self, audio: bytes) -> torch.Tensor:
-        """The network's input for one encoded recording, e.g. `(segments, 3, 224, 224)` float32.
+    def __call__(self, payload: bytes) -> torch.Tensor:
+        """The network's input for one encoded recording or image, e.g. `(segments, 3, 224, 224)` float32.
 
         Raises InputError for an input that cannot be turned into numbers.
         """
-        return self.run(audio).data
+        return self.run(payload).data
 
-    def run(self, audio: bytes, *, max_duration_s: float = math.inf, whole: bool = False) -> Signal:
-        """As calling the pipeline, with the facts about the recording beside the tensor.
+    def run(self, payload: bytes, *, whole: bool = False, **limits: float) -> Signal:
+        """As calling the pipeline, with the facts about the input beside the tensor.
 
+        limits: `max_duration_s` and `max_pixels`, as Payload has them.
         whole: keep every decoded sample instead of only the head that can reach the output. The result is the
         same; memory then grows with the recording. It is the plain path that the streamed one is tested against.
         """
-        return deque(self.steps(audio, max_duration_s=max_duration_s, whole=whole), maxlen=1).pop()[1]
+        return deque(self.steps(payload, whole=whole, **limits), maxlen=1).pop()[1]
 
-    def trace(self, audio: bytes, *, whole: bool = False) -> dict[str, torch.Tensor]:
+    def trace(self, payload: bytes, *, whole: bool = False) -> dict[str, torch.Tensor]:
         """Every stage's output by stage name, in order."""
-        return {name: signal.data for name, signal in self.steps(audio, whole=whole)}
+        return {name: signal.data for name, signal in self.steps(payload, whole=whole)}
 
-    def steps(
-        self, audio: bytes, *, max_duration_s: float = math.inf, whole: bool = False
-    ) -> Iterator[tuple[str, Signal]]:
+    def steps(self, payload: bytes, *, whole: bool = False, **limits: float) -> Iterator[tuple[str, Signal]]:
         """Run stage by stage, yielding `(stage name, signal)`."""
         head_s = (lambda rate: math.inf) if whole else self.head_s
-        yield from self.resume(Signal(Payload(audio, head_s, max_duration_s)))
+        yield from self.resume(Signal(Payload(payload, head_s, **limits)))
 
     def resume(self, signal: Signal) -> Iterator[tuple[str, Signal]]:
         """Run all stages on a signal, such as the one a `split` pipeline's first part gave."""
@@ -132,6 +131,25 @@ class Pipeline:
         for stage in reversed(self.stages.values()):
             seconds = stage.needs(seconds, rate)
         return seconds
+
+    @property
+    def reads(self) -> str:
+        """What the pipeline starts from: "audio" or "image"."""
+        return next(iter(self.stages.values())).reads
+
+    @property
+    def unfitted(self) -> list[str]:
+        """The stages that lack what training takes from its recordings, such as a scaler's statistics."""
+        return [name for name, stage in self.stages.items() if not stage.fitted]
+
+    def replace(self, **stages: Stage) -> Pipeline:
+        """The same pipeline with other stages under these names."""
+        return Pipeline(self.name, [stages.get(name, stage) for name, stage in self.stages.items()])
+
+    def completed_by(self, trained: Pipeline) -> Pipeline:
+        """The same pipeline, where a stage that is not fitted is `trained`'s stage of that name."""
+        found = {name: trained.stages[name] for name in self.unfitted if name in trained.stages}
+        return self.replace(**{name: stage for name, stage in found.items() if stage.name == self.stages[name].name})
 
     def split(self, before: str) -> tuple[Pipeline, Pipeline]:
         """Two pipelines, the second starting with stage `before`; raises PipelineError when there is no such stage."""

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from handler.decisions import build_decision
-from handler.decisions.bag_threshold import BagThreshold
+from handler.decisions import Decision, Part, build_decision
 from handler.definition import read_config
 from handler.pipeline import Pipeline
 from handler.precision import NumericPolicy
 from handler.references import SelfTest, self_test
-from handler.request import Limits, Request, RequestError
+from handler.request import BatchRequest, Limits, Request, RequestError
 from handler.runtimes import Runtime, load_runtime
 from handler.stages import InputError, Signal
 
@@ -42,12 +41,20 @@ class Response:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What evaluation and parity keep of one input: the decision's scores, and what its parts got."""
+
+    scores: tuple[float, ...]
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
 class ModelService:
     """A pipeline, a network behind a runtime, and a decision, with the metrics that belong to them."""
 
     pipeline: Pipeline
     runtime: Runtime
-    decision: BagThreshold
+    decision: Decision
     metrics: Mapping[str, Any]
     policy: NumericPolicy = NumericPolicy()
     limits: Limits = Limits()
@@ -83,22 +90,37 @@ class ModelService:
         """The archive's threshold: the one its evaluation chose, else the decision's default."""
         return self.metrics.get("threshold", self.decision.threshold)
 
-    def predict(self, requests: Sequence[Request | RequestError]) -> list[Response]:
-        """One response per request, in order. A request that cannot be read is answered alone and never fails another."""
-        prepared = [self._prepare(request) for request in requests]
+    @property
+    def input_limits(self) -> dict[str, float]:
+        """What one input may be at most, as `Pipeline.run` takes it."""
+        return {"max_duration_s": self.limits.max_duration_s, "max_pixels": self.limits.max_pixels}
+
+    def predict(self, requests: Sequence[Request | BatchRequest | RequestError]) -> list[Response]:
+        """One response per request, in order. A file that cannot be read is answered alone and never fails another,
+        whether it came in a request of its own or among others in one."""
+        singles = [single for request in requests for single in _singles(request)]
+        prepared = [self._prepare(single) for single in singles]
         good = [p for p in prepared if isinstance(p, Signal)]
         outputs = iter(self.runtime([signal.data for signal in good]))
+        answers = iter(
+            Response.of_error(p) if isinstance(p, RequestError) else self._answer(single, p, next(outputs))
+            for single, p in zip(singles, prepared, strict=True)
+        )
         return [
-            Response.of_error(p) if isinstance(p, RequestError) else self._answer(request, p, next(outputs))
-            for request, p in zip(requests, prepared, strict=True)
+            _together({name: next(answers) for name in request.files})
+            if isinstance(request, BatchRequest)
+            else next(answers)
+            for request in requests
         ]
 
-    def score(self, recordings: Sequence[bytes]) -> list[tuple[float, Signal, dict[str, torch.Tensor]]]:
-        """For each recording its probability, the pipeline's result and the network's outputs: what training's
-        evaluation calls. Raises InputError for a recording that cannot be read."""
-        signals = [self.pipeline.run(data, max_duration_s=self.limits.max_duration_s) for data in recordings]
+    def score(self, payloads: Sequence[bytes]) -> list[Scored]:
+        """What evaluation calls: every encoded input's scores. Raises InputError for one that cannot be read."""
+        signals = [self.pipeline.run(data, **self.input_limits) for data in payloads]
         outputs = self.runtime([signal.data for signal in signals])
-        return [(self.decision.score(o), s, o) for s, o in zip(signals, outputs, strict=True)]
+        return [
+            Scored(self.decision.scores(o), self.decision.parts(o, s.facts))
+            for s, o in zip(signals, outputs, strict=True)
+        ]
 
     def describe(self) -> dict[str, Any]:
         """What is served: the versioned metrics, the pipeline, and the numeric policy in force."""
@@ -117,7 +139,7 @@ class ModelService:
         if isinstance(request, RequestError):
             return request
         try:
-            return self.pipeline.run(request.payload, max_duration_s=self.limits.max_duration_s)
+            return self.pipeline.run(request.payload, **self.input_limits)
         except InputError as error:
             return RequestError(_STATUS[error.kind], str(error))
         except Exception:
@@ -138,3 +160,17 @@ class ModelService:
                 "tier": self.runtime.tier,
             },
         )
+
+
+def _singles(request: Request | BatchRequest | RequestError) -> list[Request | RequestError]:
+    if not isinstance(request, BatchRequest):
+        return [request]
+    files = request.files.values()
+    return [file if isinstance(file, RequestError) else Request(file, request.threshold) for file in files]
+
+
+def _together(answers: Mapping[str, Response]) -> Response:
+    """The answer to a request with several files: each file's own under its name, with a count of those that failed."""
+    failed = sum(answer.status != 200 for answer in answers.values())
+    results = {name: answer.body for name, answer in answers.items()}
+    return Response(200, {"results": results, "succeeded": len(answers) - failed, "failed": failed})

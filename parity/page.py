@@ -233,7 +233,7 @@ def _attribution(report: dict[str, Any]) -> str:
 
 
 def _decisions(report: dict[str, Any]) -> str:
-    flips = [r for r in report["recordings"] if r["positive"]["reference"] != r["positive"]["candidate"]]
+    flips = [r for r in report["recordings"] if r["chosen"]["reference"] != r["chosen"]["candidate"]]
     parts = []
     if report["metrics"]:
         names = {"auc": "AUC", "f1": "F1", "precision": "Precision", "recall": "Recall", "accuracy": "Accuracy"}
@@ -249,7 +249,7 @@ def _decisions(report: dict[str, Any]) -> str:
         head = ["Metric", "Reference", "Candidate", "Change"]
         parts.append(_table(head, rows, numeric=1, caption=f"Against the labels, at threshold {report['threshold']:g}"))
     else:
-        parts.append('<p class="note">No AUC or F1: they need recordings with both labels.</p>')
+        parts.append('<p class="note">No AUC or F1: they need labelled recordings of every class.</p>')
     if flips:
         changed = _recording_table(flips, "Decisions that change")
     else:
@@ -266,7 +266,7 @@ def _recording_table(recordings: Iterable[dict[str, Any]], caption: str) -> str:
         _row(
             escape(r["name"]),
             [
-                {None: "-", 1: "positive", 0: "negative"}[r["label"]],
+                escape(r["label"] or "-"),
                 escape(decision_change(r)),
                 *(f"{r['probability'][side]:.4f}" for side in ("reference", "candidate")),
                 probability(r["change"], sign=True),
@@ -291,10 +291,10 @@ def _examples(report: dict[str, Any], examples: Sequence[Example]) -> str:
 def _example(report: dict[str, Any], example: Example, rank: int) -> str:
     entry = example.entry
     p = entry["probability"]
-    flipped = entry["positive"]["reference"] != entry["positive"]["candidate"]
+    flipped = entry["chosen"]["reference"] != entry["chosen"]["candidate"]
     badge = _badge(f"decision changes: {decision_change(entry)}" if flipped else f"{decision_change(entry)} in both",
                    "flip" if flipped else "same")  # fmt: skip
-    label = {None: "", 1: "labelled positive; ", 0: "labelled negative; "}[entry["label"]]
+    label = f"labelled {escape(entry['label'])}; " if entry["label"] else ""
     steps = [(change, report["edits"][k]["edit"]) for k, change in enumerate(entry["in_order"]) if change]
     most = max(steps, key=lambda step: abs(step[0]), default=None)
     cause = f"; most of it from “{escape(most[1])}” ({probability(most[0], sign=True)})" if len(steps) > 1 else ""
@@ -312,11 +312,10 @@ def _example(report: dict[str, Any], example: Example, rank: int) -> str:
             f"<figure><figcaption>{name}</figcaption>{_image(picture)}</figure>" for name, picture in drawn if picture
         )
         parts.append(f'<h4>What the network sees. {escape(images.title)}</h4><div class="trio">{cells}</div>')
-    parts.append(
-        f'<h4>Probability over time</h4><figure class="wide">{_image(pictures.timeline(example, report["threshold"]))}</figure>'
-        "</article>"
-    )
-    return "".join(parts)
+    timeline = pictures.timeline(example, report["threshold"])
+    if timeline:
+        parts.append(f'<h4>Probability over time</h4><figure class="wide">{_image(timeline)}</figure>')
+    return "".join([*parts, "</article>"])
 
 
 def _recordings(report: dict[str, Any]) -> str:

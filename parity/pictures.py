@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from handler.stages import Signal
-from parity.skew import UNITS
+from handler.stages import REGISTRY, Signal
 
 # Name: (in light, in dark). Figures are drawn in the light colours, which the SVG then turns into CSS variables.
 PALETTE = {
@@ -130,18 +129,16 @@ def decisions(report: dict[str, Any]) -> Picture:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(4.9, 4.6)
         threshold = report["threshold"]
-        for x, y in ((0.0, threshold), (threshold, 0.0)):
-            width, height = (threshold, 1 - threshold) if x == 0.0 else (1 - threshold, threshold)
-            axes.add_patch(Rectangle((x, y), width, height, color=_LIGHT["flip"], alpha=0.12, linewidth=0))
+        if len(report["classes"]) == 2:  # with more, the highest probability decides, wherever it lies
+            for x, y in ((0.0, threshold), (threshold, 0.0)):
+                width, height = (threshold, 1 - threshold) if x == 0.0 else (1 - threshold, threshold)
+                axes.add_patch(Rectangle((x, y), width, height, color=_LIGHT["flip"], alpha=0.12, linewidth=0))
+            axes.axhline(threshold, color=_LIGHT["muted"], linestyle="--", linewidth=0.9)
+            axes.axvline(threshold, color=_LIGHT["muted"], linestyle="--", linewidth=0.9)
         axes.plot([0, 1], [0, 1], color=_LIGHT["muted"], linewidth=0.9)
-        axes.axhline(threshold, color=_LIGHT["muted"], linestyle="--", linewidth=0.9)
-        axes.axvline(threshold, color=_LIGHT["muted"], linestyle="--", linewidth=0.9)
-        marks = {
-            "labelled positive": (1, "o", _LIGHT["ink"]),
-            "labelled negative": (0, "s", "none"),
-            "recording": (None, "o", _LIGHT["ink"]),
-        }
-        for name, (label, marker, filling) in marks.items():
+        looks = [("s", "none"), ("o", _LIGHT["ink"]), ("^", "none"), ("D", _LIGHT["ink"]), ("v", "none")]
+        marks = {f"labelled {name}": (name, *looks[k % len(looks)]) for k, name in enumerate(report["classes"])}
+        for name, (label, marker, filling) in (marks | {"recording": (None, "o", _LIGHT["ink"])}).items():
             chosen = [r["probability"] for r in report["recordings"] if r["label"] == label]
             if chosen:
                 x, y = [p["reference"] for p in chosen], [p["candidate"] for p in chosen]
@@ -161,7 +158,7 @@ def decisions(report: dict[str, Any]) -> Picture:
 
 
 def _flipped(entry: dict[str, Any]) -> bool:
-    return entry["positive"]["reference"] != entry["positive"]["candidate"]
+    return entry["chosen"]["reference"] != entry["chosen"]["candidate"]
 
 
 def waveform(example: Example) -> Picture | None:
@@ -190,12 +187,21 @@ def waveform(example: Example) -> Picture | None:
 
 
 def _last_waveform(trace: Mapping[str, Signal]) -> Signal | None:
-    found = [s for s in trace.values() if s.rate and s.data.ndim == 2 and "segment_times_s" not in s.facts]
+    waves = (s for name, s in trace.items() if _unit(name) == "full scale" and "segment_times_s" not in s.facts)
+    found = [s for s in waves if s.rate]
     return found[-1] if found else None
 
 
-def timeline(example: Example, threshold: float) -> Picture:
-    """Segment probabilities of both pipelines at the middle of each segment; the recording's own at the right."""
+def _unit(name: str) -> str:
+    """Of a stage's output, by its name in a pipeline."""
+    return REGISTRY[name if name in REGISTRY else name.rpartition("_")[0]].unit
+
+
+def timeline(example: Example, threshold: float) -> Picture | None:
+    """Segment probabilities of both pipelines at the middle of each segment; the recording's own at the right. None where
+    an input is judged as a whole."""
+    if not any(example.entry["segments"][side]["times_s"] for side in ("reference", "candidate")):
+        return None
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(9.4, 2.7)
         end = 0.0
@@ -236,13 +242,13 @@ class Images:
 
 
 def segment_images(example: Example) -> list[Images]:
-    """The last one-channel images `(S, H, W)`: of the shared segment that differs most, and of the last segment that
+    """The last one-channel images `(S, H, W)`, or the first channel of what has no other: of the shared segment that differs most, and of the last segment that
     only one side has. Empty where a pipeline has no such images."""
     sides = [_last_images(example.reference), _last_images(example.candidate)]
     if None in sides:
         return []
     (stage, a, times), (_, b, other_times) = sides
-    unit = UNITS.get(stage, stage)
+    unit = _unit(stage)
     shared, height, width = (min(m, n) for m, n in zip(a.shape, b.shape, strict=True))
     delta = b[:shared, :height, :width] - a[:shared, :height, :width]
     chosen = int(np.abs(delta).mean(axis=(1, 2)).argmax())
@@ -267,20 +273,25 @@ def segment_images(example: Example) -> list[Images]:
     return found
 
 
-def _segment_name(index: int, times: Sequence[tuple[float, float]]) -> str:
+def _segment_name(index: int, times: Sequence[tuple[float, float] | None]) -> str:
+    if times[index] is None:
+        return "The image"
     start, stop = times[index]
     return f"Segment {index + 1}, {start:g} to {stop:g} s"
 
 
-def _last_images(trace: Mapping[str, Signal]) -> tuple[str, np.ndarray, Sequence[tuple[float, float]]] | None:
+def _last_images(trace: Mapping[str, Signal]) -> tuple[str, np.ndarray, Sequence[tuple[float, float] | None]] | None:
     found = [(key, signal) for key, signal in trace.items() if signal.data.ndim == 3]
+    found = found or [(key, signal) for key, signal in trace.items() if signal.data.ndim == 4]
     if not found:
         return None
     key, signal = found[-1]
-    return key, signal.data.float().numpy(), signal.facts["segment_times_s"]
+    images = signal.data.float().numpy()
+    images = images if images.ndim == 3 else images[:, 0]
+    return key, images, signal.facts.get("segment_times_s", [None] * len(images))
 
 
-def _difference_image(delta: np.ndarray, times: tuple[float, float], unit: str, name: str) -> Picture:
+def _difference_image(delta: np.ndarray, times: tuple[float, float] | None, unit: str, name: str) -> Picture:
     """Candidate minus reference, zero in the middle; the colours end at the 99.9th percentile."""
     distance = np.abs(delta)
     limit = float(np.quantile(distance, 0.999)) or float(distance.max()) or 1.0
@@ -289,16 +300,22 @@ def _difference_image(delta: np.ndarray, times: tuple[float, float], unit: str, 
 
 
 def _image(
-    values: np.ndarray, times: tuple[float, float], colours: str, limits: tuple[float, float], label: str, alt: str
+    values: np.ndarray,
+    times: tuple[float, float] | None,
+    colours: str,
+    limits: tuple[float, float],
+    label: str,
+    alt: str,
 ) -> Picture:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(3.5, 3.9)
-        extent = (*times, 0, values.shape[0])
-        shown = axes.imshow(
-            values, cmap=colours, vmin=limits[0], vmax=limits[1], origin="lower", extent=extent, aspect="auto",
-            interpolation="none",
-        )  # fmt: skip
-        axes.set(xlabel="time (s)", ylabel="image row (low frequencies below)")
+        how = {"cmap": colours, "vmin": limits[0], "vmax": limits[1], "interpolation": "none"}
+        if times is None:
+            shown = axes.imshow(values, **how)
+            axes.set(xlabel="column (first channel)", ylabel="row")
+        else:
+            shown = axes.imshow(values, origin="lower", extent=(*times, 0, values.shape[0]), aspect="auto", **how)
+            axes.set(xlabel="time (s)", ylabel="image row (low frequencies below)")
         clipped = "both" if np.abs(values).max() > max(map(abs, limits)) * (1 + 1e-6) else "neither"
         bar = figure.colorbar(shown, ax=axes, location="bottom", label=label, extend=clipped, aspect=28)
         bar.ax.xaxis.set_major_locator(MaxNLocator(5))

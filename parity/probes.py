@@ -1,4 +1,4 @@
-"""Short synthetic recordings that make a pipeline show its hand: each is hard on other stages."""
+"""Small synthetic recordings and images that make a pipeline show its hand: each is hard on other stages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import numpy as np
 import scipy.signal
 import soundfile
+from PIL import Image
 
 SECONDS = 2.5  # a second window, so that what couples windows shows
 
@@ -14,8 +15,16 @@ SECONDS = 2.5  # a second window, so that what couples windows shows
 _FLOOR = 1e-2
 
 
-def probes() -> dict[str, bytes]:
-    """File name to WAV bytes; the same bytes every time.
+def probes(reads: str) -> dict[str, bytes]:
+    """File name to bytes, for a pipeline that reads "audio" or "image"; the same bytes every time.
+
+    Raises KeyError for anything else.
+    """
+    return {"audio": recordings, "image": images}[reads]()
+
+
+def recordings() -> dict[str, bytes]:
+    """WAV files.
 
     impulse: every filter's response, and in stereo the downmix. chirp: the resampler's pass band, 20 Hz to 20 kHz.
     speech_band: noise from 300 to 3400 Hz. offset_and_rumble: what a high-pass is for. near_silence: a few steps of 24
@@ -31,6 +40,39 @@ def probes() -> dict[str, bytes]:
         "clipped": (_clipped(rng, 8000), 8000, "PCM_U8"),
     }
     return {f"{name}.wav": _wav(*signal) for name, signal in signals.items()}
+
+
+def images() -> dict[str, bytes]:
+    """PNG and JPEG files.
+
+    colour_bars: the order of the channels. one_pixel_checks: a resampler's antialiasing. gradient: its half-pixel
+    centres, on odd sides. transparent: what stands behind alpha. turned: EXIF's orientation. grey_16_bit, palette: other
+    pixel formats.
+    """
+    y, x = np.mgrid[0:97, 0:131]
+    rgb = np.stack([2 * x % 256, 2 * y % 256, (x + y) % 256], axis=-1).astype(np.uint8)
+    bars = np.zeros((64, 96, 3), np.uint8)
+    for k in range(3):
+        bars[:, 32 * k : 32 * (k + 1), k] = 255
+    checks = (255 * (np.indices((300, 300)).sum(axis=0) % 2)).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown after a quarter turn clockwise
+    made = {
+        "colour_bars.png": (Image.fromarray(bars), {}),
+        "one_pixel_checks.png": (Image.fromarray(checks), {}),
+        "gradient.png": (Image.fromarray(rgb), {}),
+        "transparent.png": (Image.fromarray(np.dstack([rgb, (2 * x % 256).astype(np.uint8)])), {}),
+        "turned.jpg": (Image.fromarray(rgb), {"exif": turned, "quality": 90}),
+        "grey_16_bit.png": (Image.fromarray((400 * x).astype(np.uint16)), {}),
+        "palette.png": (Image.fromarray(rgb).quantize(16), {}),
+    }
+    return {name: _encoded(image, name, options) for name, (image, options) in made.items()}
+
+
+def _encoded(image: Image.Image, name: str, options: dict) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="JPEG" if name.endswith(".jpg") else "PNG", **options)
+    return file.getvalue()
 
 
 def _time(rate: int) -> np.ndarray:

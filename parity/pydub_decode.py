@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import av
 import imageio_ffmpeg
@@ -36,6 +37,9 @@ class DecodePydub(Stage, name="decode_pydub"):
     Raises InputError for what ffmpeg cannot decode ("malformed"), and for a recording longer than
     `Payload.max_duration_s` ("too_large").
     """
+
+    unit: ClassVar[str] = "full scale"
+    reads: ClassVar[str] = "audio"
 
     def __call__(self, signal: Signal) -> Signal:
         payload: Payload = signal.data

@@ -91,7 +91,7 @@ def as_text(report: dict[str, Any]) -> str:
         rows = [
             [
                 r["name"],
-                "-" if r["label"] is None else str(r["label"]),
+                r["label"] or "-",
                 f"{r['probability']['reference']:.4f}",
                 f"{r['probability']['candidate']:.4f}",
                 probability(r["change"], sign=True),
@@ -189,6 +189,5 @@ def in_order(report: dict[str, Any], edit: dict[str, Any]) -> list[str]:
 
 
 def decision_change(entry: dict[str, Any]) -> str:
-    names = {True: "positive", False: "negative"}
-    before, after = (names[entry["positive"][side]] for side in ("reference", "candidate"))
+    before, after = (entry["chosen"][side] for side in ("reference", "candidate"))
     return f"{before} → {after}" if before != after else before

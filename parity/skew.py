@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,26 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 import parity.pydub_decode  # noqa: F401  (registers decode_pydub, which the variants name)
-from handler.decisions.bag_threshold import BagThreshold
+from handler.decisions import Decision, Part
 from handler.pipeline import Pipeline
 from handler.runtimes import Runtime
 from handler.stages import InputError, Payload, PipelineError, Signal, Stage
 from parity.align import Alignment, Row, align
 from training.evaluate import at_threshold
-
-# The unit of each stage's output: differences are only taken between outputs in the same unit.
-UNITS = {
-    **dict.fromkeys(
-        ("decode", "decode_pydub", "peak_normalize", "downmix", "resample", "highpass", "segment"), "full scale"
-    ),
-    "mel": "power",
-    "decibel": "dB",
-    **dict.fromkeys(("scale", "letterbox", "quantize", "replicate"), "image value"),
-    "standardize": "network input",
-}
 
 
 class Tally:
@@ -107,7 +95,7 @@ def compare(reference: tuple[Stage, Signal] | None, candidate: tuple[Stage, Sign
         return Outcome(False, tuple(side and tuple(side[1].data.shape) for side in (reference, candidate)), None)
     (stage, a), (other, b) = ((stage, signal.data) for stage, signal in (reference, candidate))
     shapes = tuple(a.shape), tuple(b.shape)
-    comparable = a.ndim == b.ndim and UNITS.get(stage.name, stage.name) == UNITS.get(other.name, other.name)
+    comparable = a.ndim == b.ndim and stage.unit == other.unit
     tally = Tally.of(a, b) if comparable else None
     return Outcome(comparable and shapes[0] == shapes[1] and not tally.affected, shapes, tally)
 
@@ -128,18 +116,21 @@ def first_divergence(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> int | 
 
 @dataclass(frozen=True)
 class Score:
-    """One pipeline's answer: the probability in [0, 1], and each segment's with its start and end in seconds."""
+    """One pipeline's answer: the decision's scores, and what the recording's parts got."""
 
-    probability: float
-    segment_probabilities: tuple[float, ...]
-    segment_times_s: tuple[tuple[float, float], ...]
+    scores: tuple[float, ...]
+    parts: tuple[Part, ...]
+
+    def chosen(self, threshold: float) -> int:
+        """The number of the class that the decision chooses."""
+        return Decision.choose(self.scores, threshold)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One recording through both pipelines and those between them.
+    """One input through both pipelines and those between them.
 
-    alone: the probability with one edit only, per edit; cumulative: with this edit and all before it. None where the
+    alone: the answer with one edit only, per edit; cumulative: with this edit and all before it. None where the
     mixed pipeline cannot run, with the reason in `failures` under ("alone" or "in_order", edit). inert: the edits that
     alone leave the network's input as it is, bit for bit.
     """
@@ -149,14 +140,18 @@ class Measurement:
     reference: Score
     candidate: Score
     outcomes: tuple[Outcome, ...]
-    alone: tuple[float | None, ...]
-    cumulative: tuple[float | None, ...]
+    alone: tuple[Score | None, ...]
+    cumulative: tuple[Score | None, ...]
     failures: Mapping[tuple[str, int], str]
     inert: frozenset[int]
 
+    def probability(self, score: Score) -> float:
+        """The probability in which changes are told: the only score, or the one of the class that the reference chooses."""
+        return score.scores[max(range(len(score.scores)), key=self.reference.scores.__getitem__)]
+
     @property
     def change(self) -> float:
-        return self.candidate.probability - self.reference.probability
+        return self.probability(self.candidate) - self.probability(self.reference)
 
 
 class Comparator:
@@ -167,12 +162,13 @@ class Comparator:
         reference: Pipeline,
         candidate: Pipeline,
         runtime: Runtime,
-        decision: BagThreshold,
-        max_duration_s: float = math.inf,
+        decision: Decision,
+        **limits: float,
     ):
+        """limits: `max_duration_s` and `max_pixels`, as Payload has them."""
         self.alignment = align(reference, candidate)
         self.reference, self.candidate = reference, candidate
-        self._runtime, self._decision, self._max_duration_s = runtime, decision, max_duration_s
+        self._runtime, self._decision, self._limits = runtime, decision, limits
         count = len(self.alignment.edits)
         self._alone = [self.alignment.stages(frozenset({k})) for k in range(count)]
         self._cumulative = [self.alignment.stages(frozenset(range(k + 1))) for k in range(count)]
@@ -193,19 +189,19 @@ class Comparator:
             _named(side, self._score, trace[-1], scores)
             for side, (_, trace) in zip(("reference", "candidate"), known, strict=True)
         )
-        probabilities: dict[str, list[float | None]] = {"alone": [], "in_order": []}
+        answers: dict[str, list[Score | None]] = {"alone": [], "in_order": []}
         failures, inert = {}, set()
         for way, mixtures in (("alone", self._alone), ("in_order", self._cumulative)):
             for k, stages in enumerate(mixtures):
                 try:
                     signal = self._run(stages, self._payload(audio), known)[-1]
                     score = self._score(signal, scores)
-                    probabilities[way].append(score.probability)
+                    answers[way].append(score)
                     # One input, one Score: `_score` does not make a second one.
                     if way == "alone" and score is reference:
                         inert.add(k)
                 except (InputError, PipelineError) as error:
-                    probabilities[way].append(None)
+                    answers[way].append(None)
                     failures[way, k] = str(error)
         return Measurement(
             name,
@@ -213,8 +209,8 @@ class Comparator:
             reference,
             candidate,
             tuple(self._outcomes(ours.values(), theirs.values())),
-            tuple(probabilities["alone"]),
-            tuple(probabilities["in_order"]),
+            tuple(answers["alone"]),
+            tuple(answers["in_order"]),
             failures,
             frozenset(inert),
         )
@@ -229,7 +225,7 @@ class Comparator:
 
     def _payload(self, audio: bytes) -> Payload:
         # One head for all, so that a shared prefix of two pipelines has one result; more of it changes no output.
-        return Payload(audio, lambda rate: max(p.head_s(rate) for p in self._pipelines), self._max_duration_s)
+        return Payload(audio, lambda rate: max(p.head_s(rate) for p in self._pipelines), **self._limits)
 
     def _run(
         self, stages: tuple[Stage, ...], payload: Payload, known: list[tuple[tuple[Stage, ...], list[Signal]]]
@@ -255,8 +251,8 @@ class Comparator:
 
     def _score(self, signal: Signal, scores: dict[bytes, Score]) -> Score:
         """The network's answer; an input that is bit-identical to one already scored is not run again."""
-        times = signal.facts.get("segment_times_s", ())
-        if len(times) != len(signal.data):
+        times = signal.facts.get("segment_times_s")
+        if times is not None and len(times) != len(signal.data):
             raise PipelineError(f"the pipeline gives {len(signal.data)} inputs for {len(times)} segments")
         tensor = signal.data.contiguous()
         key = hashlib.sha256(repr((tensor.dtype, tensor.shape, times)).encode() + tensor.numpy().tobytes()).digest()
@@ -265,8 +261,7 @@ class Comparator:
                 (outputs,) = self._runtime([tensor])
             except RuntimeError as error:
                 raise PipelineError(f"the network cannot take {tuple(tensor.shape)} {tensor.dtype}: {error}") from error
-            segments = tuple(outputs["segment_probabilities"].tolist())
-            scores[key] = Score(self._decision.score(outputs), segments, tuple(map(tuple, times)))
+            scores[key] = Score(self._decision.scores(outputs), tuple(self._decision.parts(outputs, signal.facts)))
         return scores[key]
 
     def _outcomes(self, ours: Iterable[Signal], theirs: Iterable[Signal]) -> list[Outcome]:
@@ -290,7 +285,12 @@ def _named(side: str, function: Callable[..., Any], *args: Any) -> Any:
         raise PipelineError(f"{side} pipeline: {error}") from error
 
 
-def summarize(alignment: Alignment, measurements: Sequence[Measurement], threshold: float) -> dict[str, Any]:
+def summarize(
+    alignment: Alignment,
+    measurements: Sequence[Measurement],
+    threshold: float,
+    classes: Sequence[str] = ("negative", "positive"),
+) -> dict[str, Any]:
     """All recordings together, in plain JSON types: stages, first divergence, attribution, decisions, recordings.
 
     Attribution counts along two ways, both as changes of the probability: each edit alone on the reference, and all
@@ -306,7 +306,7 @@ def summarize(alignment: Alignment, measurements: Sequence[Measurement], thresho
     chains = [_chain(m, own) for m in measurements]
     edits = []
     for k, edit in enumerate(alignment.edits):
-        alone = [(m.reference.probability, p) for m in measurements if (p := m.alone[k]) is not None]
+        alone = [(m, m.reference, score) for m in measurements if (score := m.alone[k]) is not None]
         edits.append(
             {
                 "edit": str(edit),
@@ -315,7 +315,9 @@ def summarize(alignment: Alignment, measurements: Sequence[Measurement], thresho
                 "changes": {name: list(pair) for name, pair in edit.changes.items()},
                 "alone": _effect(alone, threshold),
                 "inputs_changed_alone": len(alone) - sum(k in m.inert for m in measurements),
-                "in_order": _effect([chain[k] for chain in chains], threshold) if own[k] else None,
+                "in_order": _effect([(m, *chain[k]) for m, chain in zip(measurements, chains, strict=True)], threshold)
+                if own[k]
+                else None,
                 "counted_with": None if own[k] else own.index(True, k),
                 "cannot_run": {
                     way: dict(Counter(m.failures[way, k] for m in measurements if (way, k) in m.failures))
@@ -326,21 +328,22 @@ def summarize(alignment: Alignment, measurements: Sequence[Measurement], thresho
     interactions = [i for m in measurements if (i := _interaction(m)) is not None]
     return {
         "threshold": threshold,
+        "classes": list(classes),
         "recordings_compared": len(measurements),
         "inputs_identical": sum(m.outcomes[-1].same for m in measurements),
         "first_divergence": _first_summary(stages, firsts),
         "stages": stages,
         "edits": edits,
-        "together": _effect([(m.reference.probability, m.candidate.probability) for m in measurements], threshold),
+        "together": _effect([(m, m.reference, m.candidate) for m in measurements], threshold),
         "interaction": {
             "mean": float(np.mean(interactions)) if interactions else None,
             "mean_abs": float(np.mean(np.abs(interactions))) if interactions else None,
             "max_abs": float(np.max(np.abs(interactions))) if interactions else None,
             "recordings": len(interactions),
         },
-        "metrics": _metrics(measurements, threshold),
+        "metrics": _metrics(measurements, threshold, classes),
         "recordings": [
-            _recording_summary(alignment, m, threshold, first, chain, own)
+            _recording_summary(alignment, m, threshold, classes, first, chain, own)
             for m, first, chain in zip(measurements, firsts, chains, strict=True)
         ],
     }
@@ -364,7 +367,7 @@ def _stage_summary(
         "same": all(o.same for o in outcomes),
         "recordings_differing": sum(not o.same for o in outcomes),
         "recordings_diverging_here_first": firsts.count(at),
-        "unit": UNITS.get((row.reference or row.candidate)[1].name, "its own"),
+        "unit": (row.reference or row.candidate)[1].unit,
         "difference": tally.summary(),
         "shapes": [
             {"reference": a and list(a), "candidate": b and list(b), "recordings": count}
@@ -388,9 +391,9 @@ def _first_summary(stages: list[dict[str, Any]], firsts: Sequence[int | None]) -
     }
 
 
-def _chain(m: Measurement, own: Sequence[bool]) -> list[tuple[float, float] | None]:
+def _chain(m: Measurement, own: Sequence[bool]) -> list[tuple[Score, Score] | None]:
     """(before, after) of every edit in order that has an increment of its own."""
-    chain, before = [], m.reference.probability
+    chain, before = [], m.reference
     for k, after in enumerate(m.cumulative):
         chain.append((before, after) if own[k] else None)
         before = after if own[k] else before
@@ -400,33 +403,45 @@ def _chain(m: Measurement, own: Sequence[bool]) -> list[tuple[float, float] | No
 def _interaction(m: Measurement) -> float | None:
     if any(p is None for p in m.alone):
         return None
-    return m.change - sum(p - m.reference.probability for p in m.alone)
+    return m.change - sum(m.probability(score) - m.probability(m.reference) for score in m.alone)
 
 
-def _effect(pairs: Sequence[tuple[float, float]], threshold: float) -> dict[str, Any]:
-    """Mean, mean absolute and largest change of the probability, and how many decisions change."""
-    changes = np.array([after - before for before, after in pairs])
+def _effect(pairs: Sequence[tuple[Measurement, Score, Score]], threshold: float) -> dict[str, Any]:
+    """Mean, mean absolute and largest change of the probability, and how many decisions change, of (recording, answer
+    before, answer after)."""
+    changes = np.array([m.probability(after) - m.probability(before) for m, before, after in pairs])
     return {
         "mean": float(changes.mean()) if pairs else None,
         "mean_abs": float(np.abs(changes).mean()) if pairs else None,
         "max_abs": float(np.abs(changes).max()) if pairs else None,
-        "flips": sum((before > threshold) != (after > threshold) for before, after in pairs),
+        "flips": sum(before.chosen(threshold) != after.chosen(threshold) for _, before, after in pairs),
         "recordings": len(pairs),
     }
 
 
-def _metrics(measurements: Sequence[Measurement], threshold: float) -> dict[str, Any] | None:
-    """AUC and the metrics at the threshold, both ways; None unless both labels occur."""
-    if {m.label for m in measurements} != {0, 1}:
+def _metrics(measurements: Sequence[Measurement], threshold: float, classes: Sequence[str]) -> dict[str, Any] | None:
+    """AUC and the metrics of the decisions, both ways; None unless every class occurs. With more than two classes the
+    means over each against the rest."""
+    if {m.label for m in measurements} != set(range(len(classes))):
         return None
     labels = np.array([m.label for m in measurements])
     found = {}
     for side in ("reference", "candidate"):
-        probabilities = np.array([getattr(m, side).probability for m in measurements])
-        found[side] = {
-            "auc": float(roc_auc_score(labels, probabilities)),
-            **at_threshold(labels, probabilities, threshold),
-        }
+        answers = [getattr(m, side) for m in measurements]
+        scores = np.array([answer.scores for answer in answers])
+        if len(classes) == 2:
+            found[side] = {
+                "auc": float(roc_auc_score(labels, scores[:, 0])),
+                **at_threshold(labels, scores[:, 0], threshold),
+            }
+        else:
+            chosen = [answer.chosen(threshold) for answer in answers]
+            figures = precision_recall_fscore_support(labels, chosen, average="macro", zero_division=0.0)
+            found[side] = {
+                "auc": float(roc_auc_score(np.eye(len(classes))[labels], scores, average="macro")),
+                "accuracy": float(np.mean(chosen == labels)),
+                **dict(zip(("precision", "recall", "f1"), map(float, figures[:3]), strict=True)),
+            }
     return found
 
 
@@ -434,23 +449,29 @@ def _recording_summary(
     alignment: Alignment,
     m: Measurement,
     threshold: float,
+    classes: Sequence[str],
     first: int | None,
-    chain: Sequence[tuple[float, float] | None],
+    chain: Sequence[tuple[Score, Score] | None],
     own: Sequence[bool],
 ) -> dict[str, Any]:
     sides = {"reference": m.reference, "candidate": m.candidate}
     return {
         "name": m.name,
-        "label": m.label,
-        "probability": {side: score.probability for side, score in sides.items()},
-        "positive": {side: score.probability > threshold for side, score in sides.items()},
+        "label": None if m.label is None else classes[m.label],
+        "probability": {side: m.probability(score) for side, score in sides.items()},
+        "chosen": {side: classes[score.chosen(threshold)] for side, score in sides.items()},
         "change": m.change,
-        "alone": [None if p is None else p - m.reference.probability for p in m.alone],
-        "in_order": [chain[k][1] - chain[k][0] if own[k] else None for k in range(len(chain))],
+        "alone": [None if s is None else m.probability(s) - m.probability(m.reference) for s in m.alone],
+        "in_order": [
+            m.probability(chain[k][1]) - m.probability(chain[k][0]) if own[k] else None for k in range(len(chain))
+        ],
         "interaction": _interaction(m),
         "first_divergence": None if first is None else alignment.rows[first].label,
         "segments": {
-            side: {"probabilities": list(s.segment_probabilities), "times_s": [list(t) for t in s.segment_times_s]}
+            side: {
+                "probabilities": [p.probability for p in s.parts],
+                "times_s": [[p.start_s, p.end_s] for p in s.parts],
+            }
             for side, s in sides.items()
         },
         "stages": [

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="test", help="the split to prove them on")
     parser.add_argument("--calibration-manifest", type=Path, help="its train split gives int8 its value ranges")
     parser.add_argument(
-        "--audio-root", type=Path, help="folder that file_path is relative to (default: each manifest's own)"
+        "--root", "--audio-root", type=Path, help="folder that file_path is relative to (default: each manifest's own)"
     )
     args = parser.parse_args()
     if args.runtime is None and (args.precision or args.manifest or args.calibration_manifest):
@@ -39,9 +39,9 @@ def main() -> None:
         execution = args.runtime and Execution(
             args.runtime,
             args.precision or "fp32",
-            _recordings(args.manifest, args.audio_root),
+            _recordings(args.manifest, args.root),
             args.split,
-            _recordings(args.calibration_manifest, args.audio_root),
+            _recordings(args.calibration_manifest, args.root),
         )
         target = build_archive(
             *(args.archive, args.checkpoint, args.evaluation, args.version, args.out),
@@ -53,8 +53,8 @@ def main() -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
-def _recordings(manifest: Path | None, audio_root: Path | None) -> list[Recording]:
-    return read_manifest(manifest, audio_root or manifest.parent) if manifest else []
+def _recordings(manifest: Path | None, root: Path | None) -> list[Recording]:
+    return read_manifest(manifest, root or manifest.parent) if manifest else []
 
 
 if __name__ == "__main__":

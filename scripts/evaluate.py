@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from handler.decisions import build_decision
 from training.checkpoint import load_checkpoint
 from training.evaluate import evaluate
 from training.manifest import SPLITS, read_manifest
@@ -19,11 +20,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run")
     parser.add_argument("--manifest", type=Path, required=True, help="the manifest it was trained with")
     parser.add_argument(
-        "--audio-root", type=Path, help="folder that file_path is relative to (default: the manifest's)"
+        "--root", "--audio-root", type=Path, help="folder that file_path is relative to (default: the manifest's)"
     )
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics, predictions, pictures, references")
-    parser.add_argument("--references", type=int, default=8, help="recordings to keep for packaging")
+    parser.add_argument("--references", type=int, default=8, help="files to keep for packaging")
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="list and leave out recordings that cannot be read"
     )
@@ -32,10 +33,12 @@ def main() -> None:
     if args.references < 2:
         parser.error(f"--references is {args.references}, expected at least 2")
     try:
+        checkpoint = load_checkpoint(args.checkpoint)
+        classes = build_decision(checkpoint["decision"]).classes
         metrics = evaluate(
-            load_checkpoint(args.checkpoint),
+            checkpoint,
             args.checkpoint,
-            read_manifest(args.manifest, args.audio_root or args.manifest.parent),
+            read_manifest(args.manifest, args.root or args.manifest.parent, classes),
             args.split,
             args.out,
             torch.device(args.device),
@@ -44,11 +47,17 @@ def main() -> None:
         )
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    best = metrics["at_best_threshold"]
+    if len(classes) == 2:
+        best = metrics["at_best_threshold"]
+        decided = (
+            f"at threshold {best['threshold']:.2f}: precision {best['precision']:.3f}, recall {best['recall']:.3f}, "
+        )
+        decided += f"F1 {best['f1']:.3f}"
+    else:
+        decided = f"accuracy {metrics['accuracy']:.3f}, macro F1 {metrics['macro_f1']:.3f}"
     print(
-        f"{args.out}: {metrics['recordings']} clips of split '{args.split}', AUC {metrics['auc']:.4f}, "
-        f"AP {metrics['average_precision']:.4f}, Brier {metrics['brier']:.4f}; at threshold {best['threshold']:.2f}: "
-        f"precision {best['precision']:.3f}, recall {best['recall']:.3f}, F1 {best['f1']:.3f}"
+        f"{args.out}: {metrics['recordings']} files of split '{args.split}', AUC {metrics['auc']:.4f}, "
+        f"AP {metrics['average_precision']:.4f}, Brier {metrics['brier']:.4f}; {decided}"
     )
 
 

@@ -53,7 +53,7 @@ def table(trials: list[legacy.Trial]) -> str:
 
 def compare(args: argparse.Namespace, checkpoint: dict, chosen: Pipeline, val_auc: float | None) -> None:
     """Print the table and the verdict."""
-    rows = select(read_manifest(args.manifest, args.audio_root or args.manifest.parent), args.split)
+    rows = select(read_manifest(args.manifest, args.root or args.manifest.parent), args.split)
     recorded = legacy.read_predictions(args.predictions) if args.predictions else {}
     known = sum(r.file_path in recorded for r in rows)
     if args.predictions and not known:
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, default=Path("archive/cough"), help="definition: network and decision")
     parser.add_argument("--manifest", type=Path, help="CSV with file_path, cough_label, split: compare pipelines on it")
     parser.add_argument(
-        "--audio-root", type=Path, help="folder that file_path is relative to (default: the manifest's)"
+        "--root", "--audio-root", type=Path, help="folder that file_path is relative to (default: the manifest's)"
     )
     parser.add_argument(
         "--split", choices=("val", "test"), default="val", help="the part of the manifest to compare on"
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--variants", type=Path, help="folder of pipelines to compare with (default: ARCHIVE/variants)")
     parser.add_argument("--device", default="cpu", help="where the network runs while comparing")
     args = parser.parse_args()
-    if args.manifest is None and (args.audio_root or args.predictions):
+    if args.manifest is None and (args.root or args.predictions):
         parser.error("--audio-root and --predictions belong to --manifest, which is not given")
     try:
         if args.pipeline is None:

@@ -1,50 +1,45 @@
-"""Write a synthetic corpus of cough and not-cough recordings, to try the rest on. NOT FOR MEDICINE."""
+#!/usr/bin/env python3
+"""Write a synthetic corpus to try the rest on: for demonstration only."""
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.corpus import FORMATS, CorpusError, write_corpus
+from training.corpora import KINDS, write_corpus
+from training.recipe import read_recipe
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="No person was recorded: the sounds are computed from random numbers, and a detector trained "
-        "on them knows nothing about real coughs. The same settings always make the same corpus.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Nothing was recorded or photographed: every file is computed from random numbers, and a model trained on "
+        "them knows nothing of the real thing. The same settings always make the same corpus.",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        default=argparse.SUPPRESS,
-        help="directory to make; refused if it holds anything else",
-    )
-    parser.add_argument("--clips", type=int, default=240, help="how many recordings; half of them are coughs")
-    parser.add_argument("--seed", type=int, default=42, help="0 or more")
-    parser.add_argument("--min-seconds", type=float, default=2.2, help="shortest recording")
-    parser.add_argument("--max-seconds", type=float, default=4.0, help="longest recording")
-    parser.add_argument("--formats", default=",".join(FORMATS), help="file formats, separated by commas")
+    parser.add_argument("--out", type=Path, required=True, help="directory to make; refused if it holds anything else")
+    parser.add_argument("--recipe", type=Path, help="a recipe.yaml whose part 'corpus' gives the settings below")
+    parser.add_argument("--kind", choices=KINDS, help="what it is a corpus of (cough)")
+    parser.add_argument("--count", "--clips", type=int, help="how many files (240)")
+    parser.add_argument("--seed", type=int, help="0 or more (42)")
+    lengths = parser.add_argument_group("of kinds that have them")
+    lengths.add_argument("--min-seconds", type=float, help="shortest recording")
+    lengths.add_argument("--max-seconds", type=float, help="longest recording")
+    lengths.add_argument("--formats", type=lambda text: tuple(text.split(",")), help="separated by commas")
     args = parser.parse_args()
     try:
-        written = write_corpus(
-            args.out,
-            args.clips,
-            args.seed,
-            min_seconds=args.min_seconds,
-            max_seconds=args.max_seconds,
-            formats=tuple(args.formats.split(",")),
-            progress=lambda indices: tqdm(indices, unit="clip"),
+        settings = {"kind": "cough", "count": 240, "seed": 42} | (
+            read_recipe(args.recipe, "corpus") if args.recipe else {}
         )
-    except (CorpusError, OSError) as error:
+        settings |= {k: v for k, v in vars(args).items() if k not in ("out", "recipe") and v is not None}
+        written = write_corpus(out=args.out, progress=partial(tqdm, unit="file", total=settings["count"]), **settings)
+    except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     state = "written" if written else "already there, nothing done"
-    print(f"{args.out}: {args.clips} recordings with manifest.csv and events.csv, seed {args.seed}: {state}")
+    print(f"{args.out}: {settings['count']} files of kind '{settings['kind']}', seed {settings['seed']}: {state}")
 
 
 if __name__ == "__main__":

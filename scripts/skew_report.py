@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from training.evaluate import service_of
 from training.manifest import SPLITS, read_manifest
 
 
-def recordings_of(args: argparse.Namespace) -> list[tuple[str, Path, int | None]]:
+def recordings_of(args: argparse.Namespace, classes: Sequence[str]) -> list[tuple[str, Path, int | None]]:
     """(name, path, label) of every recording asked for; raises ValueError when there is none."""
     if args.manifest:
-        rows = read_manifest(args.manifest, args.audio_root or args.manifest.parent)
+        rows = read_manifest(args.manifest, args.root or args.manifest.parent, classes)
         # A manifest may have absolute paths, which would say where on this machine the recordings are.
         found = [
             (f"{n}-{r.path.name}" if Path(r.file_path).is_absolute() else r.file_path, r.path, r.label)
@@ -36,10 +37,10 @@ def recordings_of(args: argparse.Namespace) -> list[tuple[str, Path, int | None]
         ]
         empty = f"{args.manifest} has no recordings in split '{args.split}'"
     else:
-        if not args.audio.is_dir():
-            raise ValueError(f"--audio is {args.audio}, expected a folder of recordings")
-        found = [(p.relative_to(args.audio).as_posix(), p, None) for p in sorted(args.audio.rglob("*")) if p.is_file()]
-        empty = f"--audio {args.audio} has no files"
+        if not args.files.is_dir():
+            raise ValueError(f"--files is {args.files}, expected a folder of recordings or images")
+        found = [(p.relative_to(args.files).as_posix(), p, None) for p in sorted(args.files.rglob("*")) if p.is_file()]
+        empty = f"--files {args.files} has no files"
     if not found:
         raise ValueError(empty)
     if args.limit and args.limit < len(found):
@@ -49,12 +50,14 @@ def recordings_of(args: argparse.Namespace) -> list[tuple[str, Path, int | None]
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything, write the report's files, and return the report."""
-    recordings = recordings_of(args)
-    reference, candidate = (Pipeline.from_yaml(path) for path in (args.reference, args.candidate))
     checkpoint = load_checkpoint(args.checkpoint)
     service = service_of(checkpoint, torch.device(args.device))
+    recordings = recordings_of(args, service.decision.classes)
+    reference, candidate = (
+        Pipeline.from_yaml(path).completed_by(service.pipeline) for path in (args.reference, args.candidate)
+    )
     threshold = service.threshold if args.threshold is None else args.threshold
-    comparator = Comparator(reference, candidate, service.runtime, service.decision, service.limits.max_duration_s)
+    comparator = Comparator(reference, candidate, service.runtime, service.decision, **service.input_limits)
     measurements, unreadable = [], []
     for name, path, label in tqdm(recordings, desc="comparing", unit="clip"):
         try:
@@ -76,11 +79,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         },
         "source": f"split '{args.split}' of {args.manifest.name}"
         if args.manifest
-        else f"folder {args.audio.resolve().name}",
+        else f"folder {args.files.resolve().name}",
         "precision": service.policy.report(service.runtime.device),
         "library_versions": library_versions(),
         "unreadable": unreadable,
-        **summarize(comparator.alignment, measurements, threshold),
+        **summarize(comparator.alignment, measurements, threshold, service.decision.classes),
     }
     paths = {name: path for name, path, _ in recordings}
     examples = [
@@ -102,10 +105,12 @@ def main() -> None:
     parser.add_argument("--candidate", type=Path, required=True, help="pipeline file to compare with it")
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pth of a run: network, weights, decision")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--audio", type=Path, help="folder of recordings, with what is in its subfolders")
-    source.add_argument("--manifest", type=Path, help="CSV with file_path, cough_label, split")
+    source.add_argument(
+        "--files", "--audio", type=Path, help="folder of recordings or images, with what is in its subfolders"
+    )
+    source.add_argument("--manifest", type=Path, help="CSV with file_path, label, split")
     parser.add_argument(
-        "--audio-root", type=Path, help="folder that file_path is relative to (default: the manifest's)"
+        "--root", "--audio-root", type=Path, help="folder that file_path is relative to (default: the manifest's)"
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="the part of the manifest to compare on")
     parser.add_argument("--out", type=Path, required=True, help="folder for index.html and skew.json")
@@ -124,8 +129,8 @@ def main() -> None:
         parser.error(f"--worst is {args.worst}, expected 0 or more")
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit is {args.limit}, expected at least 1")
-    if args.audio_root and not args.manifest:
-        parser.error("--audio-root belongs to --manifest; with --audio the folder says it all")
+    if args.root and not args.manifest:
+        parser.error("--root belongs to --manifest; with --files the folder says it all")
     try:
         report = compare(args)
     except (ValueError, OSError) as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a detector from a manifest of labelled recordings. Run again with the same --out, it continues."""
+"""Train a model from a manifest of labelled files. Run again with the same --out, it continues."""
 
 import argparse
 import sys
@@ -9,32 +9,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from handler.decisions import build_decision
 from handler.definition import read_config
 from handler.pipeline import Pipeline
-from training.fit import Config, describe_run, fit
+from training.fit import Config, config_of, describe_run, fit
 from training.manifest import read_manifest
+from training.recipe import read_recipe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--manifest", type=Path, required=True, help="CSV with file_path, cough_label, split")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", type=Path, required=True, help="CSV with file_path, label, split")
     parser.add_argument(
-        "--audio-root", type=Path, help="folder that file_path is relative to (default: the manifest's)"
+        "--root", "--audio-root", type=Path, help="folder that file_path is relative to (default: the manifest's)"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run, such as runs/NAME")
     parser.add_argument("--archive", type=Path, default=Path("archive/cough"), help="definition to train for")
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="spectrogram cache")
-    parser.add_argument("--epochs", type=int, default=Config.epochs)
-    parser.add_argument("--batch-size", type=int, default=Config.batch_size, help="recordings per step")
-    parser.add_argument("--learning-rate", type=float, default=Config.learning_rate)
-    parser.add_argument("--weight-decay", type=float, default=Config.weight_decay)
-    parser.add_argument("--patience", type=int, default=Config.patience, help="epochs without a better validation AUC")
-    parser.add_argument("--seed", type=int, default=Config.seed)
-    parser.add_argument(
-        "--segment-loss", type=float, default=Config.segment_loss, help="weight of the segment head's loss"
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="what preprocessing gave (runs/cache)")
+    parser.add_argument("--recipe", type=Path, help="a recipe.yaml whose part 'training' gives the settings below")
+    settings = parser.add_argument_group("settings", "the recipe's, if any, else the default in brackets")
+    for name, kind, meaning in (
+        ("epochs", int, "at most"),
+        ("batch-size", int, "files per step"),
+        ("learning-rate", float, "the first epoch's"),
+        ("weight-decay", float, ""),
+        ("patience", int, "epochs without a better validation AUC"),
+        ("schedule", str, "of the learning rate: cosine or plateau"),
+        ("plateau-patience", int, "epochs without a lower validation loss before a plateau halves the rate"),
+        ("seed", int, ""),
+        ("segment-loss", float, "weight of a segment head's loss"),
+        ("copies", int, "augmented copies of every training recording"),
+        ("backbone-weights", str, "'imagenet', a ResNet-18 state-dict file, or nothing"),
+        ("trained", str, "all, or only the head"),
+    ):
+        default = getattr(Config, name.replace("-", "_"))
+        settings.add_argument(f"--{name}", type=kind, help=f"{meaning} ({default})".strip())
+    settings.add_argument(
+        "--no-augmentation",
+        dest="augmentation",
+        action="store_const",
+        const=False,
+        help="leave spectrograms as they are",
     )
-    parser.add_argument("--backbone-weights", default="", help="'imagenet', a ResNet-18 state-dict file, or nothing")
-    parser.add_argument("--no-augmentation", dest="augmentation", action="store_false")
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="list and leave out recordings that cannot be read"
     )
@@ -42,11 +58,14 @@ def main() -> None:
     args = parser.parse_args()
     try:
         definitions = read_config(args.archive / "model-config.yaml")
+        classes = build_decision(definitions["decision"]).classes
+        chosen = read_recipe(args.recipe, "training") if args.recipe else {}
+        chosen |= {k: v for k in Config.__dataclass_fields__ if (v := getattr(args, k)) is not None}
         checkpoint = fit(
-            read_manifest(args.manifest, args.audio_root or args.manifest.parent),
+            read_manifest(args.manifest, args.root or args.manifest.parent, classes),
             Pipeline.from_yaml(args.archive / "pipeline.yaml"),
             definitions,
-            Config(**{k: getattr(args, k) for k in Config.__dataclass_fields__}),
+            config_of(chosen),
             args.out,
             cache_dir=args.cache,
             device=torch.device(args.device),

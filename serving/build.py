@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from handler.definition import read_config
 from handler.pipeline import Pipeline
@@ -56,12 +57,14 @@ def build_archive(
             raise BuildError(f"there is no {path}")
     name = archive.resolve().name
     checkpoint = load_checkpoint(checkpoint_path)
-    pipeline = Pipeline.from_yaml(archive / "pipeline.yaml")
+    trained = Pipeline.from_dict(checkpoint["pipeline"])
+    pipeline = Pipeline.from_yaml(archive / "pipeline.yaml").completed_by(trained)
     config = read_config(archive / "model-config.yaml")
     execution = execution or Execution.of(config)
-    _check_pipeline(pipeline, Pipeline.from_dict(checkpoint["pipeline"]))
+    _check_pipeline(pipeline, trained)
     network = network_of(checkpoint, config["network"])
     measured = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
+    _check_trained(network, measured)
     if measured["checkpoint_sha256"] != file_digest(checkpoint_path):
         raise BuildError(
             f"{evaluation} measured another checkpoint than {checkpoint_path}; run scripts/evaluate.py on this one"
@@ -126,21 +129,20 @@ def _prove(staged: Path) -> None:
     entries = json.loads((references / "references.json").read_text(encoding="utf-8"))
     for entry in entries:
         if file_digest(references / entry["file"]) != entry["sha256"]:
-            raise BuildError(f"reference {entry['file']} is not the recording that was evaluated ({entry['source']})")
+            raise BuildError(f"reference {entry['file']} is not the file that was evaluated ({entry['source']})")
     if len(entries) < 2:
+        raise BuildError(f"the evaluation kept {len(entries)} references, expected at least 2; evaluate again")
+    # One column per score; the one that moves most.
+    columns = zip(*(entry["scores"] for entry in entries), strict=True)
+    low, high = max(((min(c), max(c)) for c in columns), key=lambda ends: ends[1] - ends[0])
+    if not high - low >= MIN_REFERENCE_SPREAD:
         raise BuildError(
-            f"the evaluation kept {len(entries)} reference recordings, expected at least 2; evaluate again"
-        )
-    probabilities = [entry["probability"] for entry in entries]
-    spread = max(probabilities) - min(probabilities)
-    if not spread >= MIN_REFERENCE_SPREAD:
-        raise BuildError(
-            f"the references' probabilities span only {spread:.4f} (from {min(probabilities):.4f} to {max(probabilities):.4f}, "
+            f"the references' probabilities span only {high - low:.4f} (from {low:.4f} to {high:.4f}, "
             f"expected at least {MIN_REFERENCE_SPREAD}): the network looks untrained; is this the trained checkpoint?"
         )
     (references / "probes").mkdir()
-    for name, audio in probes().items():
-        (references / "probes" / name).write_bytes(audio)
+    for name, payload in probes(Pipeline.from_yaml(staged / "pipeline.yaml").reads).items():
+        (references / "probes" / name).write_bytes(payload)
     device = torch.device("cpu")
     record(ModelService.unproven(staged, device), references)
     try:
@@ -152,11 +154,35 @@ def _prove(staged: Path) -> None:
 
 
 def _check_pipeline(wanted: Pipeline, trained: Pipeline) -> None:
+    if wanted.unfitted:
+        raise BuildError(
+            f"stage '{wanted.unfitted[0]}' has no statistics of a training set, neither in the archive's pipeline nor in the "
+            "checkpoint's; train with scripts/train.py, which writes them into the checkpoint"
+        )
     if wanted.fingerprint != trained.fingerprint:
         differences = "\n".join(f"  {d}" for d in wanted.diff(trained))
         raise BuildError(
             "the checkpoint was trained with another pipeline than the archive defines ('here': the archive, 'there': "
             f"the checkpoint):\n{differences}"
+        )
+
+
+def _check_trained(network: nn.Module, measured: dict[str, Any]) -> None:
+    # Keras and others draw a layer's weights at random and its bias as 0; the first optimizer step moves every bias.
+    fresh = [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and layer.bias is not None and not layer.bias.any()
+    ]
+    if fresh:
+        raise BuildError(
+            f"layer '{fresh[0]}' has a bias of exactly 0 throughout, as before the first step of training: its weights look "
+            "random, however good those of the other layers are; package the weights that training ended with"
+        )
+    if not measured["auc"] > 0.5:
+        raise BuildError(
+            f"the evaluation's AUC is {measured['auc']:.3f}, no better than guessing (0.5): the network looks untrained, or "
+            "its preprocessing is not the one it was trained with"
         )
 
 

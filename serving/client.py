@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import tempfile
 import time
@@ -22,6 +23,9 @@ from serving.server import Server, bearer, session
 PROTO = Path(__file__).resolve().parent / "inference.proto"
 SERVICE = "org.pytorch.serve.grpc.inference"
 MAX_MESSAGE_BYTES = 64 * 2**20  # max_request_size in config.properties; TorchServe only drops the call beyond it
+
+# In the name of a form field these arrive as spaces or %22.
+FORM_MANGLES = '",:;=\t\r\n'
 
 # TorchServe's own table from HTTP to gRPC, read backwards; it uses INTERNAL for what is not in it.
 HTTP_STATUS = {
@@ -100,54 +104,85 @@ class Client:
     def predict_rest(
         self,
         model: str,
-        audio: bytes,
+        payload: bytes,
         version: str | None = None,
         fields: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         multipart: bool = False,
+        json_key: str | None = None,
         timeout: float = 120.0,
     ) -> Answer:
-        """POST a recording: as the body (application/octet-stream unless `headers` say otherwise), or with
-        `multipart` as the file `data` of a form beside `fields`. `version` None asks for the default version.
+        """POST a file: as the body (application/octet-stream unless `headers` say otherwise), with `multipart` as the
+        file `data` of a form beside `fields`, or with `json_key`, such as "image", in base64 under that key of a JSON
+        object beside `fields`. `version` None asks for the default version.
 
-        Raises ValueError for fields without a form.
+        Raises ValueError for a form and JSON at once, and for fields without either.
         """
-        if fields and not multipart:
-            raise ValueError("fields travel in a form only; add multipart=True")
-        form: dict[str, Any]
+        if multipart and json_key:
+            raise ValueError("multipart and json_key are two ways to send one file; choose one")
+        if fields and not multipart and not json_key:
+            raise ValueError("fields travel in a form or in JSON only; add multipart=True or a json_key")
         if multipart:
-            form = {"files": {"data": ("data", audio, "application/octet-stream")}, "data": dict(fields or {})}
-            common = {}
+            how = _form({"data": payload}, fields)
+        elif json_key:
+            how = {"json": {json_key: _base64(payload)} | dict(fields or {})}
         else:
-            form = {"data": audio}
-            common = {"Content-Type": "application/octet-stream"}
-        path = f"/predictions/{model}" + (f"/{version}" if version else "")
-        return self._authorised(
-            lambda token: self._http(
-                "POST", path, headers=common | dict(headers or {}) | bearer(token), timeout=timeout, **form
+            how = {"data": payload, "headers": {"Content-Type": "application/octet-stream"}}
+        return self._post(model, version, headers, timeout, how)
+
+    def predict_batch_rest(
+        self,
+        model: str,
+        files: Mapping[str, bytes],
+        version: str | None = None,
+        fields: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        as_json: bool = False,
+        timeout: float = 120.0,
+    ) -> Answer:
+        """POST several files, each under the name that its answer gets: as the files `files.NAME` of a form, or in
+        base64 in the JSON object `files`, beside `fields`.
+
+        Raises ValueError for a name that would arrive as another one in a form.
+        """
+        if as_json:
+            how = {"json": {"files": {name: _base64(data) for name, data in files.items()}} | dict(fields or {})}
+        elif wrong := [name for name in files if set(name) & set(FORM_MANGLES) or name != name.rstrip()]:
+            raise ValueError(
+                f"TorchServe would read {wrong[0]!r} as another name (it replaces {FORM_MANGLES!r}, and cuts spaces at "
+                "the end); choose one without, or as_json=True"
             )
-        )
+        else:
+            how = _form({f"files.{name}": data for name, data in files.items()}, fields)
+        return self._post(model, version, headers, timeout, how)
 
     def predict_grpc(
         self,
         model: str,
-        audio: bytes,
+        payload: bytes,
         version: str | None = None,
         inputs: Mapping[str, str | bytes] | None = None,
         timeout: float = 120.0,
     ) -> Answer:
-        """Send a recording as the input `data` beside `inputs`.
+        """Send a file as the input `data` beside `inputs`.
 
         TorchServe drops the status a handler sets when it answers over gRPC, so a body with an error's `code` gives
         the answer its status.
         """
-        named = {key: value.encode() if isinstance(value, str) else value for key, value in (inputs or {}).items()}
-        request = _MESSAGES["PredictionsRequest"](
-            model_name=model, model_version=version or "", input={"data": audio} | named
+        return self._predict_inputs(model, version, {"data": payload}, inputs, timeout)
+
+    def predict_batch_grpc(
+        self,
+        model: str,
+        files: Mapping[str, bytes],
+        version: str | None = None,
+        inputs: Mapping[str, str | bytes] | None = None,
+        timeout: float = 120.0,
+    ) -> Answer:
+        """Send several files as the inputs `files.NAME` beside `inputs`; status as `predict_grpc`."""
+        return self._predict_inputs(
+            model, version, {f"files.{name}": data for name, data in files.items()}, inputs, timeout
         )
-        answer = self._authorised(lambda token: self._call(self._predict, request, "prediction", token, timeout))
-        code = answer.body.get("code")
-        return answer if code is None else Answer(int(code), answer.body, answer.seconds)
 
     def ping_rest(self, timeout: float = 30.0) -> Answer:
         """TorchServe's health: {"status": "Healthy"} when every model has a worker, or "Unhealthy"."""
@@ -186,6 +221,29 @@ class Client:
                 answer = send(renewed)
         return answer
 
+    def _post(
+        self, model: str, version: str | None, headers: Mapping[str, str] | None, timeout: float, how: dict[str, Any]
+    ) -> Answer:
+        path = f"/predictions/{model}" + (f"/{version}" if version else "")
+        sent = how.pop("headers", {}) | dict(headers or {})
+        return self._authorised(
+            lambda token: self._http("POST", path, headers=sent | bearer(token), timeout=timeout, **how)
+        )
+
+    def _predict_inputs(
+        self,
+        model: str,
+        version: str | None,
+        files: dict[str, bytes],
+        inputs: Mapping[str, str | bytes] | None,
+        timeout: float,
+    ) -> Answer:
+        named = {key: value.encode() if isinstance(value, str) else value for key, value in (inputs or {}).items()}
+        request = _MESSAGES["PredictionsRequest"](model_name=model, model_version=version or "", input=files | named)
+        answer = self._authorised(lambda token: self._call(self._predict, request, "prediction", token, timeout))
+        code = answer.body.get("code")
+        return answer if code is None else Answer(int(code), answer.body, answer.seconds)
+
     def _http(self, method: str, path: str, **how: Any) -> Answer:
         started = time.perf_counter()
         try:
@@ -218,6 +276,16 @@ class Client:
             request_serializer=request.SerializeToString,
             response_deserializer=reply.FromString,
         )
+
+
+def _form(files: Mapping[str, bytes], fields: Mapping[str, str] | None) -> dict[str, Any]:
+    # The file name is there for the parser, which takes a part without one for text; the handler never sees it.
+    parts = {name: ("file", data, "application/octet-stream") for name, data in files.items()}
+    return {"files": parts, "data": dict(fields or {})}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def _body(content: bytes | str, status: int, reason: str) -> dict[str, Any]:

@@ -114,14 +114,14 @@ class Execution:
         recordings that are not those that evaluation measured.
         """
         rows, predictions = self._replay(service, evaluation)
-        labels = [int(row["cough_label"]) for row in rows]
+        labels = [int(row["label"]) for row in rows]
         evaluated = np.array([float(row["probability"]) for row in rows])
-        now = np.array([prediction.probability for prediction in predictions])
+        (now,) = np.array([prediction.scores for prediction in predictions]).T
         references = json.loads((evaluation / "references" / "references.json").read_text(encoding="utf-8"))
-        audio = [(evaluation / "references" / entry["file"]).read_bytes() for entry in references]
+        payloads = [(evaluation / "references" / entry["file"]).read_bytes() for entry in references]
         differences = [
-            abs(probability - entry["probability"])
-            for entry, (probability, _, _) in zip(references, service.score(audio), strict=True)
+            float(np.abs(np.subtract(scored.scores, entry["scores"])).max())
+            for entry, scored in zip(references, service.score(payloads), strict=True)
         ]
         figures = {
             "split": self.split,

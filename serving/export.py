@@ -113,6 +113,7 @@ def export_onnx(
     calibration: the pipeline's output `(S, 3, 224, 224)` for recordings that int8 takes its value ranges from.
     Raises ValueError for an unknown precision.
     """
+    _require_bag(network)
     model = trace_network(network)
     if precision == "fp16":
         model = to_fp16(model)
@@ -132,6 +133,7 @@ def export_segment_model(network: AttnMILResNet, pipeline: Pipeline, path: Path)
     earlier stages do. Out: OUTPUTS of that one recording, `()` or `(S,)`.
     Raises ValueError for a pipeline without `resample`, `segment` and `mel`, or whose segments are coupled.
     """
+    _require_bag(network)
     missing = [name for name in ("resample", "segment", "mel") if name not in pipeline.stages]
     if missing:
         raise ValueError(f"pipeline '{pipeline.name}' has no stage {', '.join(missing)}; this export needs it")
@@ -143,6 +145,14 @@ def export_segment_model(network: AttnMILResNet, pipeline: Pipeline, path: Path)
     example = torch.rand(3, samples, generator=torch.Generator().manual_seed(0)) - 0.5
     outputs = {name: {} if name.startswith("bag") else {0: "S"} for name in OUTPUTS}
     save_graph(_trace(graph, {"waveforms": (example, {0: "S"})}, outputs), path)
+
+
+def _require_bag(network: nn.Module) -> None:
+    if not isinstance(network, AttnMILResNet):
+        raise ValueError(
+            f"only network 'attn_mil_resnet' is exported to ONNX, this one is a {type(network).__name__}; serve it with "
+            "runtime 'eager'"
+        )
 
 
 def to_fp16(model: ModelProto) -> ModelProto:

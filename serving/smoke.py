@@ -15,8 +15,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from handler.decisions import build_decision
-from handler.decisions.bag_threshold import BagThreshold
+from handler.decisions import Decision, build_decision
 from serving.client import Answer, Client
 from serving.errors import UsageError
 from serving.server import Server
@@ -27,11 +26,11 @@ _CONCURRENCY = 8
 
 @dataclass(frozen=True)
 class References:
-    """What an archive promises: recordings, and the probability each must get."""
+    """What an archive promises: inputs, and the probabilities each must get."""
 
-    decision: BagThreshold
+    decision: Decision
     entries: list[dict[str, Any]]
-    audio: list[bytes]
+    payloads: list[bytes]
     fingerprint: str
     tolerance: float
 
@@ -53,10 +52,10 @@ class References:
 
 @dataclass(frozen=True)
 class Row:
-    """One path's result. max_dp is NaN when an answer was no prediction; problems says why. tolerance: its tier's."""
+    """One path's result over some files. max_dp is NaN when an answer was no prediction; problems says why. tolerance: its tier's."""
 
     path: str
-    clips: int
+    files: int
     max_dp: float
     flips: int
     p50_ms: float
@@ -109,16 +108,18 @@ def _paths(
 
 def _measure(path: str, send: Callable[..., Answer], references: References, version: str, workers: int) -> Row:
     with ThreadPoolExecutor(workers) as pool:
-        answers = list(pool.map(send, references.audio))
-    differences, flips, problems = [], 0, []
+        answers = list(pool.map(send, references.payloads))
+    differences, flips, problems, unanswered = [], 0, [], 0
     decision = references.decision
     for entry, answer in zip(references.entries, answers, strict=True):
         if answer.status != 200:
             problems.append(f"{entry['file']}: {answer.status} {answer.body.get('message')}")
+            unanswered += 1
             continue
         body = answer.body
-        differences.append(abs(body[decision.score_field] - entry["probability"]))
-        flips += body[decision.positive_field] != (entry["probability"] > body["threshold_used"])
+        scores, chosen = decision.read(body)
+        differences += [abs(p - evaluated) for p, evaluated in zip(scores, entry["scores"], strict=True)]
+        flips += chosen != decision.choose(tuple(entry["scores"]), body["threshold_used"])
         served = (body["model_version"], body["pipeline_fingerprint"])
         if served != (version, references.fingerprint):
             problems.append(f"{entry['file']}: answered by version {served[0]}, pipeline {served[1][:12]}")
@@ -126,7 +127,7 @@ def _measure(path: str, send: Callable[..., Answer], references: References, ver
     return Row(
         path,
         len(answers),
-        max(differences) if len(differences) == len(answers) else float("nan"),
+        float("nan") if unanswered else max(differences),
         flips,
         float(np.percentile(milliseconds, 50)),
         float(np.percentile(milliseconds, 95)),
@@ -138,10 +139,10 @@ def _measure(path: str, send: Callable[..., Answer], references: References, ver
 def as_table(rows: list[Row]) -> str:
     """The rows as aligned text."""
     width = max(len(row.path) for row in rows)
-    lines = [f"{'path':{width}}  clips  max |dp|  flips  p50 ms  p95 ms"]
+    lines = [f"{'path':{width}}  files  max |dp|  flips  p50 ms  p95 ms"]
     for row in rows:
         lines.append(
-            f"{row.path:{width}}  {row.clips:5}  {row.max_dp:8.1e}  {row.flips:5}  {row.p50_ms:6.0f}  {row.p95_ms:6.0f}"
+            f"{row.path:{width}}  {row.files:5}  {row.max_dp:8.1e}  {row.flips:5}  {row.p50_ms:6.0f}  {row.p95_ms:6.0f}"
             + ("" if row.passed else "  FAILED")
         )
         lines += [f"    {problem}" for problem in row.problems]

@@ -54,7 +54,7 @@ audio = [open("references/" + e["file"], "rb").read() for e in entries]
 batch = service.predict([Request(a) for a in audio] + [Request(b"no audio")])
 alone = [service.predict([Request(a)])[0] for a in audio]
 assert batch[-1].status == 415, batch[-1]
-print(json.dumps([[e["probability"], b.body["file_probability"], a.body["file_probability"]]
+print(json.dumps([[e["scores"][0], b.body["file_probability"], a.body["file_probability"]]
                   for e, b, a in zip(entries, batch, alone)]))
 """
 

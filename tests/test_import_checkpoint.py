@@ -562,7 +562,7 @@ def test_a_record_made_behind_a_variant_names_the_variant(demonstration: Demonst
         rows,
         torch.device("cpu"),
         recorded_auc=None,
-        recorded={p.recording.file_path: p.probability for p in made[1:]},
+        recorded={p.recording.file_path: p.scores[0] for p in made[1:]},
     )
     assert [t.name for t in trials] == list(candidates)
     assert trials[1].max_dp < 1e-6 < 1e-4 < trials[0].max_dp

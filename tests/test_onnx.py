@@ -80,7 +80,7 @@ def separated(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFac
     shutil.copytree(demonstration.evaluation, evaluation)
     rows = predictions(evaluation)
     ranked = sorted((r for r in rows if r["split"] == "test"), key=lambda r: float(r["probability"]))
-    chosen = [row | {"cough_label": int(place >= 2)} for place, row in enumerate(ranked[:2] + ranked[-2:])]
+    chosen = [row | {"label": int(place >= 2)} for place, row in enumerate(ranked[:2] + ranked[-2:])]
     write_predictions(evaluation, chosen)
     measured = {row["file_path"] for row in chosen}
     recordings = read_manifest(demonstration.manifest, demonstration.corpus)
@@ -200,7 +200,7 @@ answers = service.predict([Request(open("references/" + e["file"], "rb").read())
 print(json.dumps({
     "modules": sorted({m.partition(".")[0] for m in sys.modules} & {"ts", "onnx", "onnxruntime"}),
     "described": service.describe()["runtime"],
-    "rows": [[e["probability"], a.body["file_probability"], a.body["runtime"], a.body["precision"], a.body["tier"]]
+    "rows": [[e["scores"][0], a.body["file_probability"], a.body["runtime"], a.body["precision"], a.body["tier"]]
              for e, a in zip(entries, answers)],
 }))
 """

@@ -170,8 +170,8 @@ def test_reference_probability_is_the_served_one(comparator, reference, runtime)
     audio = recording(seed=1)
     measurement = comparator(variant("no_highpass")).measure("clip", audio)
     (outputs,) = runtime([reference(audio)])
-    assert measurement.reference.probability == float(outputs["bag_probability"])
-    assert measurement.reference.segment_probabilities == tuple(outputs["segment_probabilities"].tolist())
+    assert measurement.reference.scores == (float(outputs["bag_probability"]),)
+    assert [p.probability for p in measurement.reference.parts] == outputs["segment_probabilities"].tolist()
 
 
 def test_identical_pipelines(comparator, reference):
@@ -382,7 +382,7 @@ def test_report_of_a_manifest_has_metrics(root):
         root, "--audio-root", root / "audio", "--worst", "0", "--limit", "2", source=source, candidate="pytorch_backend"
     )
     report = json.loads((root / "out" / "skew.json").read_text(encoding="utf-8"))
-    assert [(r["name"], r["label"]) for r in report["recordings"]] == [("a.ogg", 1), ("sub/c <&>.ogg", 0)]
+    assert [(r["name"], r["label"]) for r in report["recordings"]] == [("a.ogg", "positive"), ("sub/c <&>.ogg", "negative")]
     assert report["metrics"]["reference"].keys() == report["metrics"]["candidate"].keys() >= {"auc", "f1"}
     assert report["first_divergence"]["stage"] == "standardize"
 

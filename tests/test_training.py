@@ -13,13 +13,14 @@ import torch
 import yaml
 from sklearn.metrics import f1_score
 
+from handler.decisions import Decision
 from handler.pipeline import Pipeline
 from tests.conftest import ROOT, Demonstration, run_script
 from training.augment import augment
-from training.cache import SpectrogramCache, UnreadableRecordings
+from training.cache import StageCache, UnreadableRecordings
 from training.checkpoint import CheckpointError, load_checkpoint, network_of
-from training.evaluate import at_threshold, best_threshold
-from training.fit import Config, fit
+from training.evaluate import at_threshold, best_threshold, measure_classes
+from training.fit import Config, config_of, fit
 from training.manifest import ManifestError, manifest_digest, read_manifest, select
 
 COUGH = ROOT / "archive" / "cough"
@@ -65,14 +66,14 @@ def test_manifest_errors_name_the_row(audio_root: Path, row, message: str):
 
 def test_a_split_needs_both_labels(audio_root: Path):
     manifest = write_manifest(audio_root / "m.csv", [("a.wav", "1", "train"), ("b.wav", "1", "train")])
-    with pytest.raises(ManifestError, match="2 positive and 0 negative"):
+    with pytest.raises(ManifestError, match="0 negative, 2 positive"):
         select(read_manifest(manifest, audio_root), "train")
 
 
 def test_cache_gives_the_pipelines_own_numbers(demonstration: Demonstration, tmp_path: Path):
     pipeline = Pipeline.from_yaml(COUGH / "pipeline.yaml")
     recordings = read_manifest(demonstration.manifest, demonstration.corpus)[:3]
-    cache = SpectrogramCache(tmp_path, pipeline)
+    cache = StageCache(tmp_path, pipeline)
     for recording, entry in cache.prepare(recordings):
         cached = np.load(entry)
         assert cached.dtype == np.float16
@@ -86,7 +87,7 @@ def test_unreadable_recordings_are_named_and_stop_the_run(demonstration: Demonst
     bad = [r for r in recordings if r.split == "train"][:2]
     for recording in bad:
         recording.path.write_bytes(b"not audio")
-    cache = SpectrogramCache(tmp_path / "cache", Pipeline.from_yaml(COUGH / "pipeline.yaml"))
+    cache = StageCache(tmp_path / "cache", Pipeline.from_yaml(COUGH / "pipeline.yaml"))
     with pytest.raises(UnreadableRecordings) as error:
         cache.prepare(recordings)
     assert list(error.value.failures) == [r.file_path for r in bad]
@@ -196,7 +197,7 @@ def test_evaluation_writes_numbers_and_pictures(demonstration: Demonstration):
     manifest = read_manifest(demonstration.manifest, demonstration.corpus)
     assert {r["file_path"] for r in rows} == {r.file_path for r in manifest if r.split in ("val", "test")}
     labels, probabilities = np.array(
-        [[int(r["cough_label"]), float(r["probability"])] for r in rows if r["split"] == "test"]
+        [[int(r["label"]), float(r["probability"])] for r in rows if r["split"] == "test"]
     ).T
     positives, negatives = probabilities[labels == 1], probabilities[labels == 0]
     # The area under the ROC curve is the chance that a positive outranks a negative (Mann and Whitney).
@@ -240,3 +241,103 @@ def test_evaluation_names_unreadable_recordings_or_skips_them(demonstration: Dem
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["skipped"] == 1
     assert metrics["recordings"] == sum(r.split == "test" for r in recordings) - 1
+
+
+# --- groups, splits and classes ---------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, header: str, rows: list[tuple]) -> Path:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+    for name, *_ in rows:
+        (path.parent / name).write_bytes(b"")
+    return path
+
+
+def test_labels_are_class_names(tmp_path: Path):
+    rows = [("a.png", "human", "train"), ("b.png", "Animal", "val"), ("c.png", "avatar", "test")]
+    manifest = write_rows(tmp_path / "m.csv", "file_path,label,split", rows)
+    recordings = read_manifest(manifest, tmp_path, ("animal", "avatar", "human"))
+    assert [r.label for r in recordings] == [2, 0, 1]
+    with pytest.raises(ManifestError, match="row 2: label is 'human', expected one of"):
+        read_manifest(manifest, tmp_path, ("cat", "dog"))
+    with pytest.raises(ManifestError, match="1 animal, 0 avatar, 0 human"):
+        select(recordings, "val", ("animal", "avatar", "human"))
+
+
+def test_a_group_belongs_to_one_split(tmp_path: Path):
+    rows = [("a.wav", "1", "train", "ada"), ("b.wav", "0", "test", "ada")]
+    manifest = write_rows(tmp_path / "m.csv", "file_path,label,split,group", rows)
+    with pytest.raises(ManifestError, match="group 'ada' is in splits train and test"):
+        read_manifest(manifest, tmp_path)
+
+
+def test_a_manifest_without_splits_is_split_by_group_and_label(tmp_path: Path):
+    rows = [(f"{k}.wav", str(k % 2), f"singer {k // 4}") for k in range(160)]
+    recordings = read_manifest(write_rows(tmp_path / "m.csv", "file_path,label,group", rows), tmp_path)
+    splits = {split: [r for r in recordings if r.split == split] for split in ("train", "val", "test")}
+    assert [len(splits[s]) for s in ("train", "val", "test")] == pytest.approx([102, 26, 32], abs=8)
+    for one in splits.values():
+        assert 0.4 <= np.mean([r.label for r in one]) <= 0.6
+    groups = [{r.group for r in one} for one in splits.values()]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    # The same again, whatever else is in memory.
+    assert read_manifest(tmp_path / "m.csv", tmp_path) == recordings
+
+
+def test_a_split_column_is_filled_or_empty(tmp_path: Path):
+    rows = [("a.wav", "1", "train"), ("b.wav", "0", "")]
+    with pytest.raises(ManifestError, match=r"split is empty for b\.wav"):
+        read_manifest(write_rows(tmp_path / "m.csv", "file_path,label,split", rows), tmp_path)
+
+
+def test_a_plateau_halves_the_rate():
+    config = Config(learning_rate=1.0, schedule="plateau", plateau_patience=2, epochs=9)
+    losses = [5.0, 4.0, 4.0, 4.5, 3.0, 3.0, 3.0, 3.0, 3.0]
+    history = [{"val_loss": loss} for loss in losses]
+    rates = [config.rate(history[:k]) for k in range(len(losses) + 1)]
+    assert rates == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.125]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epoch": 3}, "unknown training setting epoch"),
+        ({"schedule": "linear"}, "schedule is 'linear', expected cosine or plateau"),
+        ({"trained": "tail"}, "trained is 'tail', expected all or head"),
+        ({"copies": -1}, "copies -1"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        config_of(settings)
+
+
+def test_figures_of_three_classes():
+    """By hand: six inputs, five right; the third class is once taken for the first."""
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    probabilities = np.array(
+        [[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.1, 0.9, 0.0], [0.2, 0.6, 0.2], [0.1, 0.1, 0.8], [0.5, 0.1, 0.4]]
+    )
+    found = measure_classes(labels, probabilities, ThreeWays(), 0.65)
+    assert found["accuracy"] == pytest.approx(5 / 6)
+    assert found["confusion"] == [[2, 0, 0], [0, 2, 0], [1, 0, 1]]
+    assert found["per_class"]["third"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2.0}
+    assert found["macro_f1"] == pytest.approx((0.8 + 1 + 2 / 3) / 3)
+    assert found["confident"] == pytest.approx(4 / 6)
+    errors = [0.06, 0.14, 0.02, 0.24, 0.06, 0.62]
+    assert found["brier"] == pytest.approx(np.mean(errors))
+    assert found["auc"] == 1.0
+
+
+class ThreeWays(Decision):
+    classes = ("first", "second", "third")
+
+    def scores(self, outputs):
+        raise NotImplementedError
+
+    def __call__(self, outputs, facts, threshold):
+        raise NotImplementedError
+
+    def read(self, body):
+        raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Spectrograms on disk, so that an epoch does not decode and filter every recording again."""
+"""A pipeline's costly part on disk, so that an epoch does not decode and filter every recording again."""
 
 from __future__ import annotations
 
@@ -19,9 +19,6 @@ from handler.references import library_versions
 from handler.stages import InputError, Signal
 from training.manifest import Recording
 
-# What comes before the channels are replicated is three times smaller, and float16 where the pipeline says so.
-_SPLIT_BEFORE = "replicate"
-
 
 class UnreadableRecordings(ValueError):
     """Recordings that the pipeline could not read: `failures` maps each path to the reason."""
@@ -41,28 +38,30 @@ def report_unreadable(failures: dict[str, str], skip: bool) -> None:
         print(f"skipping: {problem}")
 
 
-class SpectrogramCache:
-    """The pipeline, cut in two: `spectrograms` is computed once per recording and kept, `finish` runs every time.
+class StageCache:
+    """The pipeline, cut in two: the costly stages' output is computed once per input and kept, `finish` runs every time.
 
-    Entries live below a folder named after the fingerprint of the cached stages, their code and the libraries they call,
+    The cut is before the cheap stages at the end, such as one that replicates channels. Entries live below a folder named after the fingerprint of the cached stages, their code and the libraries they call,
     and are named after the digest of the recording's bytes: whatever could change a number is another entry.
     """
 
     def __init__(self, root: str | Path, pipeline: Pipeline):
-        self._first, self._last = pipeline.split(before=_SPLIT_BEFORE)
+        self._first, self._last = _cut(pipeline)
+        # Of what is kept: what kind of values they are.
+        self.unit = list(self._first.stages.values())[-1].unit
         self._dir = Path(root) / _key(self._first)
         self._dir.mkdir(parents=True, exist_ok=True)
 
     def prepare(
         self, recordings: Iterable[Recording], *, skip_unreadable: bool = False
     ) -> list[tuple[Recording, Path]]:
-        """Compute what is missing, with a progress bar; each readable recording with its entry.
+        """Compute what is missing, with a progress bar; each readable input with its entry.
 
         Raises UnreadableRecordings listing every recording that cannot be read, unless `skip_unreadable`, which
         prints the same list and leaves them out.
         """
         entries, failures = [], {}
-        for recording in tqdm(list(recordings), desc="spectrograms", unit="clip"):
+        for recording in tqdm(list(recordings), desc="preprocessing", unit="file"):
             try:
                 entries.append((recording, self._entry(recording.path.read_bytes())))
             except InputError as error:
@@ -70,18 +69,51 @@ class SpectrogramCache:
         report_unreadable(failures, skip_unreadable)
         return entries
 
-    def finish(self, spectrograms: torch.Tensor) -> torch.Tensor:
-        """The cached stages' output `(S, 224, 224)` to the network's input `(S, 3, 224, 224)` float32."""
-        return deque(self._last.resume(Signal(spectrograms)), maxlen=1).pop()[1].data
+    def fit(self, entries: Iterable[tuple[Recording, Path]]) -> None:
+        """Fit the cheap stages that take something from a training set, in order, to these entries."""
+        if self._last is None or not self._last.unfitted:
+            return
+        data = torch.cat([self.load(path) for _, path in entries])
+        for name, stage in self._last.stages.items():
+            if not stage.fitted:
+                self._last = self._last.replace(**{name: stage.fit(data)})
+            data = self._last.stages[name](Signal(data)).data
 
-    def _entry(self, audio: bytes) -> Path:
-        path = self._dir / f"{hashlib.sha256(audio).hexdigest()}.npy"
+    @property
+    def pipeline(self) -> Pipeline:
+        """The whole pipeline, fitted where `fit` has been called."""
+        last = [] if self._last is None else list(self._last.stages.values())
+        return Pipeline(self._first.name, list(self._first.stages.values()) + last)
+
+    def load(self, path: Path) -> torch.Tensor:
+        """What is kept of one input, `(S, ...)`."""
+        return torch.from_numpy(np.load(path))
+
+    def finish(self, kept: torch.Tensor) -> torch.Tensor:
+        """The costly stages' output `(S, ...)` to the network's input, float32."""
+        if self._last is None:
+            return kept
+        return deque(self._last.resume(Signal(kept)), maxlen=1).pop()[1].data
+
+    def _entry(self, payload: bytes) -> Path:
+        path = self._dir / f"{hashlib.sha256(payload).hexdigest()}.npy"
         if not path.exists():
             unfinished = path.with_suffix(f".{os.getpid()}.tmp")
             with open(unfinished, "wb") as file:
-                np.save(file, self._first(audio).numpy())
+                np.save(file, self._first(payload).numpy())
             unfinished.replace(path)
         return path
+
+
+def _cut(pipeline: Pipeline) -> tuple[Pipeline, Pipeline | None]:
+    names = list(pipeline.stages)
+    cheap = [pipeline.stages[name].cheap for name in names]
+    kept = len(names) - next((k for k, c in enumerate(reversed(cheap)) if not c), len(names))
+    if any(name in names[:kept] for name in pipeline.unfitted):
+        raise ValueError(
+            f"pipeline '{pipeline.name}': {', '.join(pipeline.unfitted)} is fitted in training and must come last"
+        )
+    return (pipeline, None) if kept == len(names) else pipeline.split(before=names[kept])
 
 
 def _key(pipeline: Pipeline) -> str:

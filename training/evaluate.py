@@ -6,11 +6,11 @@ import csv
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from sklearn.calibration import calibration_curve
@@ -19,15 +19,14 @@ from sklearn.metrics import (
     brier_score_loss,
     confusion_matrix,
     f1_score,
-    precision_recall_curve,
+    precision_recall_fscore_support,
     precision_score,
     recall_score,
     roc_auc_score,
-    roc_curve,
 )
 from tqdm import tqdm
 
-from handler.decisions import build_decision
+from handler.decisions import Decision, Part, build_decision
 from handler.pipeline import Pipeline
 from handler.precision import NumericPolicy
 from handler.references import library_versions
@@ -36,10 +35,8 @@ from handler.service import ModelService
 from handler.stages import InputError
 from training.cache import report_unreadable
 from training.checkpoint import file_digest, network_of
-from training.manifest import Recording, manifest_digest, require_both_labels, select
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from training.manifest import Recording, manifest_digest, require_every_class, select
+from training.pictures import draw_evaluation, draw_training
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 _CANDIDATES = np.linspace(0.01, 0.99, 99)
@@ -57,8 +54,8 @@ class Prediction:
 
     recording: Recording
     sha256: str
-    probability: float
-    segment_probabilities: list[float]
+    scores: tuple[float, ...]
+    parts: list[Part]
 
 
 def service_of(checkpoint: dict[str, Any], device: torch.device) -> ModelService:
@@ -83,14 +80,14 @@ def predict(
     """
     predictions, failures = [], {}
     for recording in tqdm(recordings, desc=label, unit="clip"):
-        audio = recording.path.read_bytes()
+        payload = recording.path.read_bytes()
         try:
-            ((probability, _, outputs),) = service.score([audio])
+            (scored,) = service.score([payload])
         except InputError as error:
             failures[recording.file_path] = str(error)
             continue
-        digest = hashlib.sha256(audio).hexdigest()
-        predictions.append(Prediction(recording, digest, probability, outputs["segment_probabilities"].tolist()))
+        digest = hashlib.sha256(payload).hexdigest()
+        predictions.append(Prediction(recording, digest, scored.scores, scored.parts))
     report_unreadable(failures, skip_unreadable)
     return predictions
 
@@ -132,29 +129,24 @@ def evaluate(
     Raises ManifestError, UnreadableRecordings.
     """
     service = service_of(checkpoint, device)
-    val_rows, rows = select(recordings, "val"), select(recordings, split)
+    decision, classes = service.decision, service.decision.classes
+    val_rows, rows = select(recordings, "val", classes), select(recordings, split, classes)
     validation = predict(service, val_rows, "val", skip_unreadable=skip_unreadable)
     predictions = validation
     if split != "val":
         predictions = predict(service, rows, split, skip_unreadable=skip_unreadable)
     for read in (validation, predictions):
-        require_both_labels([p.recording for p in read], "what could be read")
-    threshold = best_threshold(*_arrays(validation))
-    labels, probabilities = _arrays(predictions)
-    fraction, mean = calibration_curve(labels, probabilities, n_bins=10)
+        require_every_class([p.recording for p in read], "what could be read", classes)
+    threshold = best_threshold(*_arrays(validation)) if decision.tuned else decision.threshold
+    measure = measure_two_classes if len(classes) == 2 else measure_classes
     metrics = {
         "split": split,
-        "recordings": len(labels),
-        "skipped": len(rows) - len(labels),
-        "positives": int(labels.sum()),
+        "recordings": len(predictions),
+        "skipped": len(rows) - len(predictions),
+        "classes": list(classes),
         "threshold": threshold,
-        "threshold_chosen_on": "val",
-        "auc": float(roc_auc_score(labels, probabilities)),
-        "average_precision": float(average_precision_score(labels, probabilities)),
-        "brier": float(brier_score_loss(labels, probabilities)),
-        "calibration": {"mean_probability": mean.tolist(), "fraction_positive": fraction.tolist()},
-        "at_best_threshold": at_threshold(labels, probabilities, threshold),
-        "at_thresholds": [at_threshold(labels, probabilities, t) for t in THRESHOLDS],
+        "threshold_chosen_on": "val" if decision.tuned else "the definition",
+        **measure(*_arrays(predictions), decision, threshold),
         "val_auc": checkpoint["val_auc"],
         "val_ap": checkpoint["val_ap"],
         "epoch": checkpoint["epoch"],
@@ -168,19 +160,64 @@ def evaluate(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").unlink(missing_ok=True)
-    _write_predictions(out / "predictions.csv", validation if split == "val" else validation + predictions)
+    _write_predictions(out / "predictions.csv", classes, validation if split == "val" else validation + predictions)
     _write_references(out / "references", predictions, references)
-    _write_pictures(out, labels, probabilities, metrics)
+    draw_evaluation(out, *_arrays(predictions), metrics)
     if checkpoint["history"]:  # an imported checkpoint has none
-        _write_training_curve(out / "training.png", checkpoint["history"], checkpoint["epoch"])
+        draw_training(out / "training.png", checkpoint["history"], checkpoint["epoch"])
     # Last, so that a folder with metrics.json is complete.
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
 
+def measure_two_classes(
+    labels: np.ndarray, probabilities: np.ndarray, decision: Decision, threshold: float
+) -> dict[str, Any]:
+    """Figures of labels `(N,)` in {0, 1} and probabilities `(N,)`, at every threshold and at the chosen one."""
+    fraction, mean = calibration_curve(labels, probabilities, n_bins=10)
+    return {
+        "positives": int(labels.sum()),
+        "auc": float(roc_auc_score(labels, probabilities)),
+        "average_precision": float(average_precision_score(labels, probabilities)),
+        "brier": float(brier_score_loss(labels, probabilities)),
+        "calibration": {"mean_probability": mean.tolist(), "fraction_positive": fraction.tolist()},
+        "at_best_threshold": at_threshold(labels, probabilities, threshold),
+        "at_thresholds": [at_threshold(labels, probabilities, t) for t in THRESHOLDS],
+    }
+
+
+def measure_classes(
+    labels: np.ndarray, probabilities: np.ndarray, decision: Decision, threshold: float
+) -> dict[str, Any]:
+    """Figures of labels `(N,)` and one probability per class `(N, C)`: AUC and average precision are means over the
+    classes, each against the rest; the Brier score is Brier's own, a sum over the classes."""
+    classes = decision.classes
+    one_hot = np.eye(len(classes))[labels]
+    chosen = np.array([decision.choose(tuple(p), threshold) for p in probabilities])
+    correct, confidence = chosen == labels, probabilities.max(axis=1)
+    fraction, mean = calibration_curve(correct, confidence, n_bins=10)
+    per_class = precision_recall_fscore_support(labels, chosen, labels=range(len(classes)), zero_division=0.0)
+    return {
+        "auc": float(roc_auc_score(one_hot, probabilities, average="macro")),
+        "average_precision": float(average_precision_score(one_hot, probabilities, average="macro")),
+        "brier": float(((probabilities - one_hot) ** 2).sum(axis=1).mean()),
+        "accuracy": float(correct.mean()),
+        "macro_f1": float(np.mean(per_class[2])),
+        "per_class": {
+            name: dict(zip(("precision", "recall", "f1", "support"), map(float, figures), strict=True))
+            for name, *figures in zip(classes, *per_class, strict=True)
+        },
+        # Rows are the labels, columns the choices.
+        "confusion": confusion_matrix(labels, chosen, labels=range(len(classes))).tolist(),
+        "confident": float((confidence > threshold).mean()),
+        "calibration": {"mean_probability": mean.tolist(), "fraction_positive": fraction.tolist()},
+    }
+
+
 def _arrays(predictions: list[Prediction]) -> tuple[np.ndarray, np.ndarray]:
-    labels = np.array([p.recording.label for p in predictions])
-    return labels, np.array([p.probability for p in predictions])
+    """Labels `(N,)`, and scores `(N,)` or, with more than two classes, `(N, C)`."""
+    labels, scores = np.array([p.recording.label for p in predictions]), np.array([p.scores for p in predictions])
+    return labels, scores[:, 0] if scores.shape[1] == 1 else scores
 
 
 def _dataset_digest(predictions: list[Prediction]) -> str:
@@ -189,24 +226,29 @@ def _dataset_digest(predictions: list[Prediction]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
+def score_columns(classes: Sequence[str]) -> list[str]:
+    """What predictions.csv calls the scores."""
+    return ["probability"] if len(classes) == 2 else [f"probability_{name}" for name in classes]
+
+
+def _write_predictions(path: Path, classes: Sequence[str], predictions: list[Prediction]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file_path", "cough_label", "split", "probability", "sha256"])
+        writer.writerow(["file_path", "label", "split", *score_columns(classes), "sha256"])
         for p in predictions:
             # repr gives the shortest text that reads back as the same number.
-            writer.writerow(
-                [p.recording.file_path, p.recording.label, p.recording.split, repr(p.probability), p.sha256]
-            )
+            scores = map(repr, p.scores)
+            writer.writerow([p.recording.file_path, p.recording.label, p.recording.split, *scores, p.sha256])
 
 
 def _write_references(folder: Path, predictions: list[Prediction], count: int) -> None:
-    """Copy recordings evenly spread over the range of probabilities, with what the service computed for them."""
+    """Copy inputs evenly spread over the range of probabilities, of each class that is highest somewhere, with what the
+    service computed for them."""
     by_size = sorted(predictions, key=lambda p: p.recording.path.stat().st_size)
     small = [p for p in by_size if p.recording.path.stat().st_size <= _MAX_REFERENCE_BYTES]
     if len(small) < count:
         small = by_size[:count]
-    ranked = sorted(small, key=lambda p: (p.probability, p.sha256))
+    ranked = sorted(small, key=lambda p: (int(np.argmax(p.scores)), max(p.scores), p.sha256))
     places = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -221,69 +263,8 @@ def _write_references(folder: Path, predictions: list[Prediction], count: int) -
                 "source": p.recording.file_path,
                 "sha256": p.sha256,
                 "label": p.recording.label,
-                "probability": p.probability,
-                "segment_probabilities": p.segment_probabilities,
+                "scores": list(p.scores),
+                "parts": [list(part) for part in p.parts],
             }
         )
     (folder / "references.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_pictures(out: Path, labels: np.ndarray, probabilities: np.ndarray, metrics: dict[str, Any]) -> None:
-    point = metrics["at_best_threshold"]
-    name = f"threshold {point['threshold']:.2f}"
-
-    figure, axes = plt.subplots(figsize=(5, 5))
-    fpr, tpr, _ = roc_curve(labels, probabilities)
-    negatives = point["confusion"]["false_positive"] + point["confusion"]["true_negative"]
-    axes.plot(fpr, tpr, drawstyle="steps-post", label=f"AUC {metrics['auc']:.3f}")
-    axes.plot([0, 1], [0, 1], ":", color="grey", label="chance")
-    axes.plot(point["confusion"]["false_positive"] / negatives, point["recall"], "o", label=name)
-    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=f"ROC, {metrics['split']} split")
-    _save(figure, axes, out / "roc.png")
-
-    figure, axes = plt.subplots(figsize=(5, 5))
-    precision, recall, _ = precision_recall_curve(labels, probabilities)
-    axes.plot(recall, precision, drawstyle="steps-post", label=f"average precision {metrics['average_precision']:.3f}")
-    axes.axhline(labels.mean(), linestyle=":", color="grey", label="chance")
-    axes.plot(point["recall"], point["precision"], "o", label=name)
-    axes.set(
-        xlabel="recall", ylabel="precision", ylim=(0, 1.05), title=f"Precision and recall, {metrics['split']} split"
-    )
-    _save(figure, axes, out / "pr.png")
-
-    figure, axes = plt.subplots(figsize=(5, 5))
-    calibration = metrics["calibration"]
-    axes.plot(
-        calibration["mean_probability"], calibration["fraction_positive"], "o-", label=f"Brier {metrics['brier']:.3f}"
-    )
-    axes.plot([0, 1], [0, 1], ":", color="grey", label="perfect")
-    axes.hist(
-        probabilities,
-        bins=10,
-        range=(0, 1),
-        weights=np.full(len(labels), 1 / len(labels)),
-        alpha=0.2,
-        label="share of clips",
-    )
-    axes.set(xlabel="mean probability", ylabel="fraction positive", title=f"Calibration, {metrics['split']} split")
-    _save(figure, axes, out / "calibration.png")
-
-
-def _write_training_curve(path: Path, history: list[dict[str, float]], chosen: int) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4))
-    epochs = [h["epoch"] for h in history]
-    axes.plot(epochs, [h["train_loss"] for h in history], label="training loss")
-    axes.plot(epochs, [h["val_loss"] for h in history], label="validation loss")
-    axes.plot(epochs, [h["val_auc"] for h in history], label="validation AUC")
-    axes.axvline(chosen, linestyle=":", color="grey", label="chosen epoch")
-    axes.set(xlabel="epoch", title="Training")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _save(figure, axes, path)
-
-
-def _save(figure: Any, axes: Any, path: Path) -> None:
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)

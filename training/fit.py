@@ -1,32 +1,37 @@
-"""Training: AdamW on a cosine schedule, early stopping on validation AUC, resumable epoch by epoch."""
+"""Training: AdamW, early stopping on validation AUC, resumable epoch by epoch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import ResNet18_Weights
 from tqdm import tqdm
 
+from handler.decisions import Decision, build_decision
 from handler.networks import build_network
 from handler.pipeline import Pipeline
 from handler.precision import NumericPolicy
 from handler.references import library_versions
+from handler.stages import InputError
 from training.augment import augment
-from training.cache import SpectrogramCache
+from training.cache import StageCache
 from training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from training.manifest import Recording, manifest_digest, require_both_labels, select
+from training.copies import copies
+from training.manifest import Recording, manifest_digest, require_every_class, select
+from training.objectives import Objective, objective_of
 
 Entry = tuple[Recording, Path]
 
@@ -34,27 +39,69 @@ Entry = tuple[Recording, Path]
 @dataclass(frozen=True)
 class Config:
     """The recipe. Everything here is stored in the checkpoint; two runs with equal configs give equal weights on one
-    machine. backbone_weights: "" (random), "imagenet" (torchvision downloads them) or a ResNet-18 state-dict file.
-    segment_loss: weight of a second loss on a recording's highest segment logit (max-pooling multiple-instance
-    learning), beside the one on its bag logit; without it nothing trains the segment head."""
+    machine.
+
+    schedule: "cosine", down to 0 over all epochs; or "plateau", halved after `plateau_patience` epochs without a lower
+        validation loss. patience: epochs without a better validation AUC before training stops.
+    segment_loss: weight of a second loss on a recording's highest segment logit (max-pooling multiple-instance learning),
+        beside the one on its bag logit; without it nothing trains the segment head.
+    augmentation: of cached spectrograms (training.augment). copies: augmented copies of every training recording
+        (training.copies), which go through the whole pipeline.
+    backbone_weights: "" (random), "imagenet" (torchvision downloads them) or a ResNet-18 state-dict file.
+    trained: "all", or "head": what follows `encode`; `encode` then keeps its weights, and every input's features are
+        computed once. Without backbone weights its batch statistics are first measured on the training set.
+    """
 
     epochs: int = 20
     batch_size: int = 8
     learning_rate: float = 1e-4
     weight_decay: float = 1e-4
     patience: int = 5
+    schedule: Literal["cosine", "plateau"] = "cosine"
+    plateau_patience: int = 5
     seed: int = 42
     segment_loss: float = 0.5
     augmentation: bool = True
+    copies: int = 0
     backbone_weights: str = ""
+    trained: Literal["all", "head"] = "all"
 
     def __post_init__(self):
-        if self.segment_loss < 0:
-            raise ValueError(f"segment_loss is {self.segment_loss}, expected 0 or more")
-        if self.epochs < 1 or self.batch_size < 2 or self.patience < 1:
+        if self.segment_loss < 0 or self.copies < 0:
+            raise ValueError(f"segment_loss {self.segment_loss}, copies {self.copies}: expected 0 or more")
+        if self.epochs < 1 or self.batch_size < 2 or min(self.patience, self.plateau_patience) < 1:
             raise ValueError(
-                f"epochs {self.epochs}, batch_size {self.batch_size}, patience {self.patience}: expected at least 1, 2 and 1"
+                f"epochs {self.epochs}, batch_size {self.batch_size}, patience {self.patience}, plateau_patience "
+                f"{self.plateau_patience}: expected at least 1, 2, 1 and 1"
             )
+        for name, choices in (("schedule", ("cosine", "plateau")), ("trained", ("all", "head"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(choices)}")
+
+    def rate(self, history: list[dict[str, float]]) -> float:
+        """The learning rate of the epoch that follows `history`: a function of it alone, so that an interrupted run
+        goes on as it would have.
+
+        Cosine: I. Loshchilov, F. Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017, equation 5.
+        """
+        if self.schedule == "cosine":
+            return 0.5 * self.learning_rate * (1 + math.cos(math.pi * len(history) / self.epochs))
+        lowest, since, halvings = math.inf, 0, 0
+        for epoch in history:
+            since = 0 if epoch["val_loss"] < lowest else since + 1
+            lowest = min(lowest, epoch["val_loss"])
+            if since == self.plateau_patience:
+                since, halvings = 0, halvings + 1
+        return self.learning_rate * 0.5**halvings
+
+
+def config_of(settings: Mapping[str, Any]) -> Config:
+    """The Config with these settings and the defaults; raises ValueError for one that it does not have."""
+    known = [f.name for f in fields(Config)]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"unknown training setting {', '.join(unknown)}; there are: {', '.join(known)}")
+    return Config(**settings)
 
 
 def fit(
@@ -67,30 +114,42 @@ def fit(
     cache_dir: Path,
     device: torch.device,
     skip_unreadable: bool = False,
+    on_epoch: Callable[[dict[str, float]], None] = lambda epoch: None,
 ) -> dict[str, Any]:
     """Train on the `train` split, choose the epoch by the `val` split; returns the best checkpoint.
 
-    definitions: the archive's `network` and `decision`, stored with the weights.
+    definitions: the archive's `network` and `decision`, stored with the weights. The checkpoint's pipeline has what its
+        stages take from the training set, such as a scaler's statistics.
     out: receives best.pth and last.pth; a run found there is continued if its config, pipeline, network and manifest
         are the same, and refused otherwise. Raises ManifestError, UnreadableRecordings, CheckpointError, ValueError.
+    on_epoch: called after every epoch with its figures.
     """
     NumericPolicy().apply()
-    train_rows, val_rows = select(recordings, "train"), select(recordings, "val")
+    decision = build_decision(definitions["decision"])
+    train_rows, val_rows = (select(recordings, split, decision.classes) for split in ("train", "val"))
+    cache = StageCache(cache_dir, pipeline)
+    if config.augmentation and cache.unit != "image value":
+        raise ValueError(
+            f"augmentation is of scaled spectrograms, pipeline '{pipeline.name}' gives values in {cache.unit}; "
+            "train without (--no-augmentation, or augmentation: false)"
+        )
+    if config.copies:
+        train_rows = train_rows + _copies_of(train_rows, config, cache_dir / "copies")
+    train = cache.prepare(train_rows, skip_unreadable=skip_unreadable)
+    val = cache.prepare(val_rows, skip_unreadable=skip_unreadable)
+    for entries in (train, val):
+        require_every_class([recording for recording, _ in entries], "what could be read", decision.classes)
+    cache.fit(train)
     run = {
         "config": asdict(config),
-        "pipeline": pipeline.to_dict(),
-        "pipeline_fingerprint": pipeline.fingerprint,
+        "pipeline": cache.pipeline.to_dict(),
+        "pipeline_fingerprint": cache.pipeline.fingerprint,
         "network": definitions["network"],
         "decision": definitions["decision"],
         "manifest_sha256": manifest_digest(recordings),
     }
     out.mkdir(parents=True, exist_ok=True)
     last = _resume(out / "last.pth", run)
-    cache = SpectrogramCache(cache_dir, pipeline)
-    train = cache.prepare(train_rows, skip_unreadable=skip_unreadable)
-    val = cache.prepare(val_rows, skip_unreadable=skip_unreadable)
-    for entries in (train, val):
-        require_both_labels([recording for recording, _ in entries], "what could be read")
 
     torch.manual_seed(config.seed)
     network = build_network(definitions["network"])
@@ -98,35 +157,39 @@ def fit(
         _load_backbone(network, config.backbone_weights)
     network.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    positives = sum(r.label for r, _ in train)
-    pos_weight = torch.tensor((len(train) - positives) / positives, device=device)
+    labels = torch.tensor([r.label for r, _ in train])
+    counts = torch.bincount(labels, minlength=len(decision.classes)).float().to(device)
+    objective = objective_of(network, counts, config.segment_loss, frozen=config.trained == "head")
     history: list[dict[str, float]] = []
     if last is not None:
         network.load_state_dict(last["model_state_dict"])
         optimizer.load_state_dict(last["optimizer_state_dict"])
         history = last["history"]
         print(f"continuing {out} after epoch {last['epoch']}")
+    inputs = _Inputs(network, cache, config, device)
+    if config.trained == "head":
+        if last is None and not config.backbone_weights:
+            _measure_batch_statistics(network, [inputs(entry) for entry in train], config.batch_size)
+        inputs.freeze(train + val)
 
     while len(history) < config.epochs and not _exhausted(history, config.patience):
         epoch = len(history) + 1
         started = time.perf_counter()
-        # The cosine schedule (Loshchilov and Hutter, "SGDR", ICLR 2017) is a function of the epoch alone, and so is
-        # every random number: nothing but weights and optimizer state has to survive an interruption.
-        rate = 0.5 * config.learning_rate * (1 + math.cos(math.pi * (epoch - 1) / config.epochs))
+        # As the rate is a function of the history, so is every random number of the epoch: nothing but weights and
+        # optimizer state has to survive an interruption.
+        rate = config.rate(history)
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(config.seed * 10_000 + epoch)
-        losses = _train_epoch(network, optimizer, cache, train, pos_weight, config, epoch, device)
-        probabilities, val_loss = _validate(network, cache, val, pos_weight, device)
-        labels = [r.label for r, _ in val]
+        losses = _train_epoch(network, objective, optimizer, inputs, train, config, epoch)
+        scores, val_loss = _validate(network, objective, decision, inputs, val)
         history.append(
             {
                 "epoch": epoch,
                 "learning_rate": rate,
                 "train_loss": float(np.mean(losses)),
                 "val_loss": val_loss,
-                "val_auc": float(roc_auc_score(labels, probabilities)),
-                "val_ap": float(average_precision_score(labels, probabilities)),
+                **_ranking([r.label for r, _ in val], scores),
                 "seconds": time.perf_counter() - started,
             }
         )
@@ -146,6 +209,7 @@ def fit(
             f"epoch {epoch}: train loss {shown['train_loss']:.4f}, val loss {val_loss:.4f}, val AUC {shown['val_auc']:.4f}, "
             f"val AP {shown['val_ap']:.4f}, {shown['seconds']:.1f} s"
         )
+        on_epoch(shown)
     best = load_checkpoint(out / "best.pth")
     # The chosen epoch's file ends with that epoch; the picture of the training wants the whole run.
     if best["history"] != history:
@@ -175,36 +239,97 @@ def _exhausted(history: list[dict[str, float]], patience: int) -> bool:
     return bool(history) and len(history) - _best_epoch(history) >= patience
 
 
+class _Inputs:
+    """A training or validation entry as the network's input, or, once frozen, as its features."""
+
+    def __init__(self, network: nn.Module, cache: StageCache, config: Config, device: torch.device):
+        self._network, self._cache, self._device = network, cache, device
+        self._augmentation, self._batch_size = config.augmentation, config.batch_size
+        self._features: dict[Path, torch.Tensor] = {}
+
+    @property
+    def frozen(self) -> bool:
+        return bool(self._features)
+
+    def __call__(self, entry: Entry, generator: torch.Generator | None = None) -> torch.Tensor:
+        """`(S, ...)` on the device; augmented where a generator is given and the recipe says so."""
+        if self.frozen:
+            return self._features[entry[1]]
+        kept = self._cache.load(entry[1])
+        if generator is not None and self._augmentation:
+            kept = augment(kept, generator)
+        return self._cache.finish(kept).to(self._device)
+
+    def freeze(self, entries: list[Entry]) -> None:
+        """Encode every entry once; from here on features are what is given."""
+        self._network.eval()
+        features = {}
+        for entry in tqdm(entries, desc="features", unit="file"):
+            with torch.no_grad():
+                features[entry[1]] = self._network.encode(self(entry))
+        self._features = features
+
+
+def _measure_batch_statistics(network: nn.Module, inputs: list[torch.Tensor], batch_size: int) -> None:
+    """Batch normalisation's running statistics as averages over one pass, for an encoder that is not trained."""
+    layers = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    network.train()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # PyTorch's word for a cumulative average
+    x = torch.cat(inputs)
+    for chunk in tqdm(x.split(batch_size), desc="batch statistics", unit="batch"):
+        if len(chunk) > 1:
+            with torch.no_grad():
+                network.encode(chunk)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+def _copies_of(recordings: list[Recording], config: Config, folder: Path) -> list[Recording]:
+    """Augmented copies as files, each in its recording's split and group. Of an unreadable recording there are none:
+    `StageCache.prepare` reports it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for recording in tqdm(recordings, desc="augmented copies", unit="file"):
+        data = recording.path.read_bytes()
+        name = f"{hashlib.sha256(data).hexdigest()}-{config.seed}"
+        paths = [folder / f"{name}-{number}.wav" for number in range(config.copies)]
+        if not all(path.exists() for path in paths):
+            try:
+                audio = copies(data, config.copies, config.seed)
+            except InputError:
+                continue
+            for path, copy in zip(paths, audio, strict=True):
+                path.write_bytes(copy)
+        made += [
+            replace(recording, file_path=f"{recording.file_path}, copy {number}", path=path)
+            for number, path in enumerate(paths, start=1)
+        ]
+    return made
+
+
 def _train_epoch(
     network: nn.Module,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
-    cache: SpectrogramCache,
+    inputs: _Inputs,
     entries: list[Entry],
-    pos_weight: torch.Tensor,
     config: Config,
     epoch: int,
-    device: torch.device,
 ) -> list[float]:
     network.train()
     generator = torch.Generator().manual_seed(config.seed * 10_000 + epoch)
     order = torch.randperm(len(entries), generator=generator).tolist()
     losses = []
     batches = [order[i : i + config.batch_size] for i in range(0, len(order), config.batch_size)]
-    # Batch normalisation of the bag head needs two recordings.
+    # Batch normalisation needs two inputs.
     batches = [b for b in batches if len(b) > 1]
     for indices in tqdm(batches, desc=f"epoch {epoch}/{config.epochs}", unit="batch", leave=False):
-        items = []
-        for i in indices:
-            spectrograms = torch.from_numpy(np.load(entries[i][1]))
-            if config.augmentation:
-                spectrograms = augment(spectrograms, generator)
-            items.append(cache.finish(spectrograms))
-        x, mask = _collate(items, device)
-        labels = torch.tensor([float(entries[i][0].label) for i in indices], device=device)
-        _, _, segment_logits, bag_logit = network(x, mask)
-        highest = segment_logits.masked_fill(~mask, -torch.inf).amax(dim=1)
-        loss = F.binary_cross_entropy_with_logits(bag_logit, labels, pos_weight=pos_weight)
-        loss = loss + config.segment_loss * F.binary_cross_entropy_with_logits(highest, labels, pos_weight=pos_weight)
+        x = [inputs(entries[i], generator) for i in indices]
+        labels = torch.tensor([entries[i][0].label for i in indices], device=x[0].device)
+        loss = objective.loss(x, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -212,32 +337,29 @@ def _train_epoch(
     return losses
 
 
-def _collate(items: list[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Recordings `(S_i, 3, 224, 224)` to one padded `(B, S, 3, 224, 224)` and its mask `(B, S)`."""
-    x = nn.utils.rnn.pad_sequence(items, batch_first=True)
-    lengths = torch.tensor([len(item) for item in items])
-    mask = torch.arange(x.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)
-    return x.to(device), mask.to(device)
-
-
 def _validate(
-    network: nn.Module,
-    cache: SpectrogramCache,
-    entries: list[Entry],
-    pos_weight: torch.Tensor,
-    device: torch.device,
-) -> tuple[list[float], float]:
-    """Each recording's probability, and the mean loss."""
+    network: nn.Module, objective: Objective, decision: Decision, inputs: _Inputs, entries: list[Entry]
+) -> tuple[np.ndarray, float]:
+    """Each input's scores `(N, 1 or classes)`, and the mean loss."""
     network.eval()
-    probabilities, losses = [], []
-    for recording, path in _progress(entries):
-        x, mask = _collate([cache.finish(torch.from_numpy(np.load(path)))], device)
+    scores, losses = [], []
+    for entry in _progress(entries):
+        x = inputs(entry)
         with torch.inference_mode():
-            probability, _, _, logit = network(x, mask)
-            label = torch.tensor([float(recording.label)], device=device)
-            losses.append(F.binary_cross_entropy_with_logits(logit, label, pos_weight=pos_weight).item())
-        probabilities.append(probability.item())
-    return probabilities, float(np.mean(losses))
+            features = x if inputs.frozen else network.encode(x)
+            scores.append(decision.scores(network.head(features)))
+            losses.append(objective.loss([x], torch.tensor([entry[0].label], device=x.device)).item())
+    return np.array(scores), float(np.mean(losses))
+
+
+def _ranking(labels: list[int], scores: np.ndarray) -> dict[str, float]:
+    """AUC and average precision; with more than two classes the mean over each class against the rest."""
+    truth = np.array(labels) if scores.shape[1] == 1 else np.eye(scores.shape[1])[labels]
+    scores = scores[:, 0] if scores.shape[1] == 1 else scores
+    return {
+        "val_auc": float(roc_auc_score(truth, scores)),
+        "val_ap": float(average_precision_score(truth, scores)),
+    }
 
 
 def _progress(entries: list[Entry]) -> Iterator[Entry]:
@@ -246,6 +368,8 @@ def _progress(entries: list[Entry]) -> Iterator[Entry]:
 
 def _load_backbone(network: nn.Module, source: str) -> None:
     """ResNet-18 weights into the backbone, without the classifier; raises ValueError when keys are missing."""
+    if not hasattr(network, "backbone"):
+        raise ValueError("backbone_weights are for networks with a ResNet-18 inside; this one has none")
     if source == "imagenet":
         weights = ResNet18_Weights.DEFAULT.get_state_dict(progress=True)
     elif source.endswith(".safetensors"):

@@ -436,11 +436,11 @@ def compare(
                 raise LegacyError(f"{name} does not give what the network takes: {reason}") from error
             trials.append(Trial(name, failure=reason))
             continue
-        probabilities = [p.probability for p in predictions]
+        probabilities = [p.scores[0] for p in predictions]
         if not trials:
             _check_spread(name, probabilities)
         auc = float(roc_auc_score(labels, probabilities))
-        dp = [abs(p.probability - recorded[n]) for p in predictions if (n := p.recording.file_path) in recorded]
+        dp = [abs(p.scores[0] - recorded[n]) for p in predictions if (n := p.recording.file_path) in recorded]
         trials.append(
             Trial(
                 name,

@@ -1,15 +1,18 @@
-"""The list of labelled recordings: a CSV with the columns file_path, cough_label, split."""
+"""The list of labelled inputs: a CSV with the columns file_path, label and split, and group where it matters."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-COLUMNS = ("file_path", "cough_label", "split")
+from sklearn.model_selection import StratifiedGroupKFold
+
 SPLITS = ("train", "val", "test")
-_LABELS = {"1": 1, "true": 1, "yes": 1, "y": 1, "0": 0, "false": 0, "no": 0, "n": 0}
+BINARY = ("negative", "positive")
+_YES_AND_NO = {"1": 1, "true": 1, "yes": 1, "y": 1, "0": 0, "false": 0, "no": 0, "n": 0}
 
 
 class ManifestError(ValueError):
@@ -18,56 +21,115 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Recording:
-    """One row: the path as the manifest has it, where the file is, its label (1 positive, 0 negative), its split."""
+    """One row: the path as the manifest has it, where the file is, its label (the number of its class), its split, and
+    its group: whoever or whatever several files have in common, such as a singer; empty where the manifest has none."""
 
     file_path: str
     path: Path
     label: int
     split: str
+    group: str = ""
 
 
-def read_manifest(manifest: str | Path, audio_root: str | Path) -> list[Recording]:
-    """All rows, in order. Relative paths are below `audio_root`.
+def read_manifest(manifest: str | Path, root: str | Path, classes: Sequence[str] = BINARY) -> list[Recording]:
+    """All rows, in order. Relative paths are below `root`.
 
-    Labels are 1/true/yes/y and 0/false/no/n in any case. Raises ManifestError naming the row for any other label, an
-    unknown split, a repeated path or a file that is not there.
+    The label's column is `label`, or the one whose name ends in `_label`. A label is a class's name; of two classes also
+    1/true/yes/y for the second and 0/false/no/n for the first; in any case. `group` is optional. Where there is no column
+    `split`, or it is empty in every row, `assign_splits` fills it.
+    Raises ManifestError naming the row for any other label, an unknown split, a repeated path, a file that is not there,
+    or a group that is in more than one split.
     """
+    labels = {name.lower(): number for number, name in enumerate(classes)}
+    if len(classes) == 2:
+        labels |= _YES_AND_NO
     with open(manifest, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        absent = [c for c in COLUMNS if c not in (reader.fieldnames or [])]
-        if absent:
-            raise ManifestError(f"{manifest}: no column {', '.join(absent)}; it needs {', '.join(COLUMNS)}")
+        columns = reader.fieldnames or []
+        column = _label_column(manifest, columns)
         recordings: dict[str, Recording] = {}
         # Row 1 is the header, as a spreadsheet counts.
         for row, record in enumerate(reader, start=2):
             where = f"{manifest}, row {row}"
-            name, label, split = (str(record[c] or "").strip() for c in COLUMNS)
-            if label.lower() not in _LABELS:
-                raise ManifestError(f"{where}: cough_label is {label!r}, expected one of {', '.join(_LABELS)}")
-            if split not in SPLITS:
+            name, label, split, group = (
+                str(record.get(c) or "").strip() for c in ("file_path", column, "split", "group")
+            )
+            if label.lower() not in labels:
+                raise ManifestError(f"{where}: {column} is {label!r}, expected one of {', '.join(labels)}")
+            if split and split not in SPLITS:
                 raise ManifestError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
             if not name or name in recordings:
                 raise ManifestError(f"{where}: file_path {name!r} is {'repeated' if name else 'empty'}")
-            path = Path(audio_root, name)
+            path = Path(root, name)
             if not path.is_file():
-                raise ManifestError(f"{where}: there is no file {path}; is --audio-root right?")
-            recordings[name] = Recording(name, path, _LABELS[label.lower()], split)
-    return list(recordings.values())
+                raise ManifestError(f"{where}: there is no file {path}; is the root folder right?")
+            recordings[name] = Recording(name, path, labels[label.lower()], split, group)
+    rows = list(recordings.values())
+    without = [r.file_path for r in rows if not r.split]
+    if without and len(without) < len(rows):
+        raise ManifestError(f"{manifest}: split is empty for {without[0]}, expected in every row or in none")
+    if without:
+        rows = assign_splits(rows)
+    _check_groups(manifest, rows)
+    return rows
 
 
-def select(recordings: list[Recording], split: str) -> list[Recording]:
-    """The recordings of one split; raises ManifestError unless both labels occur in it."""
+def _label_column(manifest: str | Path, columns: Sequence[str]) -> str:
+    found = [c for c in columns if c == "label"] or [c for c in columns if c.endswith("_label")]
+    absent = [c for c, there in (("file_path", "file_path" in columns), ("label", len(found) == 1)) if not there]
+    if absent:
+        raise ManifestError(
+            f"{manifest}: no column {', '.join(absent)}; it needs file_path, label (or one that ends in _label) and split"
+        )
+    return found[0]
+
+
+def _check_groups(manifest: str | Path, recordings: list[Recording]) -> None:
+    splits: dict[str, str] = {}
+    for r in recordings:
+        if r.group and splits.setdefault(r.group, r.split) != r.split:
+            raise ManifestError(
+                f"{manifest}: group {r.group!r} is in splits {splits[r.group]} and {r.split}; a group belongs to one split, "
+                "or a test measures what training has heard"
+            )
+
+
+def assign_splits(recordings: list[Recording], seed: int = 42) -> list[Recording]:
+    """A fifth to test, a fifth of the rest to val, the others to train: stratified by label, whole groups together.
+
+    Rows without a group are a group of their own. Raises ManifestError when there are too few groups for that.
+    """
+    rest, test = _fold(recordings, seed)
+    train, val = _fold(rest, seed)
+    chosen = {r.file_path: split for split, part in (("train", train), ("val", val), ("test", test)) for r in part}
+    return [replace(r, split=chosen[r.file_path]) for r in recordings]
+
+
+def _fold(recordings: list[Recording], seed: int) -> tuple[list[Recording], list[Recording]]:
+    groups = [r.group or r.file_path for r in recordings]
+    try:
+        folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+        larger, smaller = next(folds.split(recordings, [r.label for r in recordings], groups))
+    except ValueError as error:
+        raise ManifestError(
+            f"{len(recordings)} rows in {len(set(groups))} groups cannot be split five ways ({error}); give more, or a split column"
+        ) from error
+    return [recordings[k] for k in larger], [recordings[k] for k in smaller]
+
+
+def select(recordings: list[Recording], split: str, classes: Sequence[str] = BINARY) -> list[Recording]:
+    """The recordings of one split; raises ManifestError unless every class occurs in it."""
     chosen = [r for r in recordings if r.split == split]
-    require_both_labels(chosen, f"split '{split}'")
+    require_every_class(chosen, f"split '{split}'", classes)
     return chosen
 
 
-def require_both_labels(recordings: list[Recording], what: str) -> None:
-    """Raise ManifestError, naming `what`, unless there are positive and negative recordings."""
-    positives = sum(r.label for r in recordings)
-    if not 0 < positives < len(recordings):
-        negatives = len(recordings) - positives
-        raise ManifestError(f"{what} has {positives} positive and {negatives} negative recordings; it needs both")
+def require_every_class(recordings: list[Recording], what: str, classes: Sequence[str] = BINARY) -> None:
+    """Raise ManifestError, naming `what`, unless there are recordings of every class."""
+    counts = [sum(r.label == number for r in recordings) for number in range(len(classes))]
+    if not all(counts):
+        listed = ", ".join(f"{count} {name}" for count, name in zip(counts, classes, strict=True))
+        raise ManifestError(f"{what} has {listed} recordings; it needs some of each")
 
 
 def manifest_digest(recordings: list[Recording]) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from handler.decisions.bag_threshold import BagThreshold
+from handler.decisions.decision import Decision, Part
 from handler.definition import build
 
-DECISIONS: dict[str, type[BagThreshold]] = {"bag_threshold": BagThreshold}
+__all__ = ["DECISIONS", "Decision", "Part", "build_decision"]
+
+DECISIONS: dict[str, type[Decision]] = {"bag_threshold": BagThreshold}
 
 
-def build_decision(definition: Any) -> BagThreshold:
+def build_decision(definition: Any) -> Decision:
     """The decision of `{name: {parameter: value}}`; raises ValueError for an unknown one."""
     return build("decision", DECISIONS, definition)

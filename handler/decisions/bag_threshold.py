@@ -8,37 +8,45 @@ from typing import Any, ClassVar
 
 import torch
 
+from handler.decisions.decision import Decision, Part
+
 
 @dataclass(frozen=True)
-class BagThreshold:
+class BagThreshold(Decision):
     """Positive when the bag probability is strictly above the threshold.
 
     threshold: used where neither the request nor the archive's metrics give one; in [0, 1].
     positive_field: the name of the response's yes/no field.
     """
 
-    # The response's field that holds the score, for whoever compares responses with references.
-    score_field: ClassVar[str] = "file_probability"
+    classes: ClassVar[tuple[str, ...]] = ("negative", "positive")
 
     threshold: float
     positive_field: str
 
     def __post_init__(self):
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"threshold is {self.threshold}, expected a number in [0, 1]")
+        self._check_threshold()
 
-    def score(self, outputs: Mapping[str, torch.Tensor]) -> float:
-        """The probability that the decision compares, in [0, 1]."""
-        return float(outputs["bag_probability"])
+    def scores(self, outputs: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
+        """The bag probability."""
+        return (float(outputs["bag_probability"]),)
+
+    def parts(self, outputs: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> list[Part]:
+        """The segments."""
+        segments = outputs["segment_probabilities"].tolist()
+        return [Part(*times, p) for times, p in zip(facts["segment_times_s"], segments, strict=True)]
+
+    def read(self, body: Mapping[str, Any]) -> tuple[tuple[float, ...], int]:
+        return (body["file_probability"],), int(body[self.positive_field])
 
     def __call__(
         self, outputs: Mapping[str, torch.Tensor], facts: Mapping[str, Any], threshold: float
     ) -> dict[str, Any]:
         """The response's fields, in plain JSON types; times in seconds, probabilities in [0, 1]."""
-        probability = self.score(outputs)
+        (probability,) = self.scores(outputs)
         segments = outputs["segment_probabilities"].tolist()
         return {
-            self.score_field: probability,
+            "file_probability": probability,
             self.positive_field: probability > threshold,
             "threshold_used": threshold,
             "segment_probabilities": segments,

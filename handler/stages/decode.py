@@ -42,6 +42,8 @@ class Decode(Stage, name="decode"):
     truncated, damaged or non-finite recording; "too_large" for one longer than `Payload.max_duration_s`.
     """
 
+    reads: ClassVar[str] = "audio"
+    unit: ClassVar[str] = "full scale"
     tolerance: ClassVar[Tolerance] = Tolerance(
         1e-6, 1e-4, "of full scale", "PCM is exact, lossy codecs differ in last bits between processors"
     )

@@ -16,6 +16,7 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 class Quantize(Stage, name="quantize"):
     """Round to a narrower floating-point type, as a training cache on disk does. The output has that type."""
 
+    unit: ClassVar[str] = "image value"
     tolerance: ClassVar[Tolerance] = Tolerance(
         1.4e-4, 0.013, "of [-1, 1]", "a value near a step may round to the next float16"
     )
@@ -30,6 +31,8 @@ class Quantize(Stage, name="quantize"):
 class Replicate(Stage, name="replicate"):
     """Repeat a one-channel image: `(S, H, W) -> (S, channels, H, W)`."""
 
+    unit: ClassVar[str] = "image value"
+    cheap: ClassVar[bool] = True
     tolerance: ClassVar[Tolerance] = Tolerance(1.4e-4, 0.013, "of [-1, 1]", "copies")
 
     channels: int
@@ -49,6 +52,8 @@ class Standardize(Stage, name="standardize"):
     in the result.
     """
 
+    unit: ClassVar[str] = "network input"
+    cheap: ClassVar[bool] = True
     tolerance: ClassVar[Tolerance] = Tolerance(3e-4, 0.03, "of the network's input", "scaled decibels times 2.2")
 
     mean: tuple[float, ...]

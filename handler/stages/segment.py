@@ -22,6 +22,7 @@ class Segment(Stage, name="segment"):
     recording's duration), `truncated` (True when `max_segments` left windows out).
     """
 
+    unit: ClassVar[str] = "full scale"
     tolerance: ClassVar[Tolerance] = Tolerance(3e-5, 3e-4, "of full scale", "copies the filter's output")
 
     duration_s: float

@@ -23,6 +23,7 @@ class Mel(Stage, name="mel"):
     `rate` is the sampling rate the filterbank is computed for; 0 means the waveform's own.
     """
 
+    unit: ClassVar[str] = "power"
     tolerance: ClassVar[Tolerance] = Tolerance(
         5e-6, 5e-4, "of the largest power", "a float32 Fourier transform", relative=True
     )
@@ -84,6 +85,7 @@ class Decibel(Stage, name="decibel"):
     a recording to one another.
     """
 
+    unit: ClassVar[str] = "dB"
     tolerance: ClassVar[Tolerance] = Tolerance(
         5e-3, 0.5, "dB", "the logarithm magnifies float32 rounding in near-silent bins"
     )
@@ -107,6 +109,7 @@ class Decibel(Stage, name="decibel"):
 class Scale(Stage, name="scale"):
     """Map [`low`, `high`] linearly onto `to`, clamping what lies outside."""
 
+    unit: ClassVar[str] = "image value"
     tolerance: ClassVar[Tolerance] = Tolerance(1.3e-4, 0.013, "of [-1, 1]", "decibels over 40")
 
     low: float
@@ -127,6 +130,7 @@ class Letterbox(Stage, name="letterbox"):
     """Fit `(S, H, W)` into a `size` x `size` square, keeping the aspect ratio: bilinear (half-pixel centres, no
     antialiasing), then centred on `pad_value`; an odd pixel goes to the right and the bottom."""
 
+    unit: ClassVar[str] = "image value"
     tolerance: ClassVar[Tolerance] = Tolerance(1.3e-4, 0.013, "of [-1, 1]", "interpolates the scaled decibels")
 
     size: int

@@ -34,11 +34,13 @@ class Payload:
 
     `head_s(rate)` is how many seconds from the start can reach the pipeline's output, for audio recorded at
     `rate` Hz (`math.inf`: all of it). A decoder need not keep more than that in memory.
+    max_duration_s, max_pixels: the longest recording and the largest image that a decoder may accept.
     """
 
     data: bytes
     head_s: Callable[[int], float] = lambda rate: math.inf
     max_duration_s: float = math.inf
+    max_pixels: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,23 @@ class Stage:
     (`class Mel(Stage, name="mel")`) makes it available to pipeline files, and `tolerance` says how exactly its output is
     reproduced. A default is given only where it is the
     field's convention; the normalised pipeline spells every parameter out.
+
+    unit: of the stage's output; differences are only taken between outputs in the same unit. A stage that does not say
+        has one of its own.
+    reads: for a stage that starts from encoded bytes, of what: "audio" or "image".
+    cheap: quicker to run than its output is to store, as at the end of a pipeline in training.
     """
 
     name: ClassVar[str] = ""
     tolerance: ClassVar[Tolerance]
+    unit: ClassVar[str]
+    reads: ClassVar[str] = ""
+    cheap: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         cls.name = name
+        cls.unit = cls.__dict__.get("unit", name)
         REGISTRY[name] = cls
 
     def __call__(self, signal: Signal) -> Signal:
@@ -105,6 +116,15 @@ class Stage:
         they give.
         """
         return seconds
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the stage has what it takes from a training set; a stage that takes nothing has."""
+        return True
+
+    def fit(self, data: torch.Tensor) -> Stage:
+        """This stage with what it takes from a training set: `data` is what comes before it, for all recordings."""
+        return self
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Stage:

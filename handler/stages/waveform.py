@@ -18,6 +18,7 @@ from handler.stages.stage import InputError, Signal, Stage, Tolerance
 class PeakNormalize(Stage, name="peak_normalize"):
     """Divide by the largest absolute sample of the whole recording, over all channels. Silence stays silence."""
 
+    unit: ClassVar[str] = "full scale"
     tolerance: ClassVar[Tolerance] = Tolerance(2e-6, 2e-4, "of full scale", "one float32 division")
 
     def __call__(self, signal: Signal) -> Signal:
@@ -29,6 +30,7 @@ class PeakNormalize(Stage, name="peak_normalize"):
 class Downmix(Stage, name="downmix"):
     """Average the channels: `(C, N) -> (1, N)`. Mono passes through unchanged."""
 
+    unit: ClassVar[str] = "full scale"
     tolerance: ClassVar[Tolerance] = Tolerance(2e-6, 2e-4, "of full scale", "a float32 mean")
 
     def __call__(self, signal: Signal) -> Signal:
@@ -45,6 +47,7 @@ class Resample(Stage, name="resample"):
     Raises InputError for a rate that has too small a common divisor with `rate` to be resampled in bounded memory.
     """
 
+    unit: ClassVar[str] = "full scale"
     tolerance: ClassVar[Tolerance] = Tolerance(2e-6, 2e-4, "of full scale", "float32 sums over the kernel")
 
     rate: int
@@ -98,6 +101,7 @@ class Highpass(Stage, name="highpass"):
     torchaudio's `lfilter`, the output is clamped to [-1, 1].
     """
 
+    unit: ClassVar[str] = "full scale"
     tolerance: ClassVar[Tolerance] = Tolerance(
         3e-5, 3e-4, "of full scale", "a recursive float32 filter is some 1e-5 from float64"
     )

@@ -19,9 +19,7 @@ of libsndfile and FFmpeg; what libsndfile draws at random or takes from the cloc
 number, the time in a float WAV's PEAK chunk) is replaced by a constant.
 """
 
-import csv
 import io
-import json
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -37,6 +35,8 @@ from numpy.random import MT19937, RandomState, SeedSequence
 from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from scipy.signal import fftconvolve, lfilter, resample_poly
+
+from training.corpora.writer import CorpusError, finish, is_complete, write_csv
 
 VERSION = 1  # raise it whenever a sample of any clip changes
 FORMATS = ("wav", "flac", "ogg", "mp3", "m4a", "webm")
@@ -69,10 +69,6 @@ VOWELS = np.array(
 OPEN_VOWEL = VOWELS[3]
 
 Samples = NDArray[np.float64]
-
-
-class CorpusError(ValueError):
-    """Settings that cannot be met, or an output directory that is not ours to write."""
 
 
 @dataclass(frozen=True)
@@ -538,13 +534,6 @@ def split_speakers(speakers: int, seed: int) -> list[str]:
     return [splits[k] for k in _stream(seed, 3).permutation(speakers)]
 
 
-def _write_csv(path: Path, header: str, rows: Iterable[tuple]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header.split(","))
-        writer.writerows(rows)
-
-
 README = """\
 A synthetic corpus for demonstration only. NOT FOR MEDICINE.
 
@@ -557,25 +546,6 @@ manifest.csv  file_path, cough_label (1 cough, 0 not), split (train, val or test
 events.csv    file_path, event, onset_s, offset_s: every cough and every other sound, in seconds
 corpus.json   the settings that make these same files again
 """
-
-
-def _is_complete(out: Path, settings: dict) -> bool:
-    """Whether `out` already holds this corpus. Raises CorpusError where it holds anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    advice = "give another directory, or remove this one"
-    if not (out / "corpus.json").is_file():
-        raise CorpusError(f"{out} is in use and has no corpus.json, so it is not a corpus: {advice}")
-    try:
-        found = json.loads((out / "corpus.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorpusError(f"{out / 'corpus.json'} is not JSON ({error}): {advice}") from error
-    if found != settings:
-        raise CorpusError(f"{out} holds a corpus with settings {found}, not {settings}: {advice}")
-    present = len(list((out / "audio").glob("*")))
-    if present != settings["clips"]:
-        raise CorpusError(f"{out / 'audio'} holds {present} files where {settings['clips']} were written: {advice}")
-    return True
 
 
 def write_corpus(
@@ -607,7 +577,7 @@ def write_corpus(
         "max_seconds": max_seconds,
         "formats": list(formats),
     }
-    if _is_complete(out, settings):
+    if is_complete(out, settings):
         return False
     splits = split_speakers(-(-clips // CLIPS_PER_SPEAKER), seed)
     manifest, events = [], []
@@ -621,11 +591,7 @@ def write_corpus(
             (part / name).write_bytes(encode(clip))
             manifest.append((name, clip.label, splits[clip.speaker]))
             events += [(name, event.name, f"{event.onset_s:.4f}", f"{event.offset_s:.4f}") for event in clip.events]
-        _write_csv(part / "manifest.csv", "file_path,cough_label,split", manifest)
-        _write_csv(part / "events.csv", "file_path,event,onset_s,offset_s", events)
-        (part / "corpus.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (part / "README.txt").write_text(README.format(clips=clips), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
+        write_csv(part / "manifest.csv", "file_path,cough_label,split", manifest)
+        write_csv(part / "events.csv", "file_path,event,onset_s,offset_s", events)
+        finish(part, out, settings, README.format(clips=clips))
     return True
