@@ -118,14 +118,14 @@ def _replay(
     """The network's input for one recording, every stage on the way compared with its record."""
     steps = pipeline.steps((folder / file).read_bytes())
     expected = iter(shapes.items())
-    signal = Signal(None)
+    signal, tolerance = Signal(None), None
     for name, signal in steps:
         recorded_name, kind = next(expected, (None, None))
         if name != recorded_name:
             raise _error(name, file, f"built with '{recorded_name}' in this place", versions)
         if _kind(signal.data) != kind:
             raise _error(name, file, f"{_kind(signal.data)}, built with {kind}", versions)
-        tolerance = pipeline.stages[name].tolerance
+        tolerance = pipeline.stages[name].tolerance or tolerance
         now, then = _summary(signal.data), values[f"{file}/{name}"]
         unit = float(then.abs().max()) or 1.0 if tolerance.relative else 1.0
         difference = (now - then).abs() / unit

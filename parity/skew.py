@@ -86,16 +86,16 @@ class Outcome:
     tally: Tally | None
 
 
-def compare(reference: tuple[Stage, Signal] | None, candidate: tuple[Stage, Signal] | None) -> Outcome:
-    """Compare two outputs, each with the stage that made it; None: nothing has been made yet.
+def compare(reference: tuple[str, Signal] | None, candidate: tuple[str, Signal] | None) -> Outcome:
+    """Compare two outputs, each with its unit; None: nothing has been made yet.
 
     Same means the same shape and equal values, whatever the floating-point type.
     """
     if reference is None or candidate is None:
         return Outcome(False, tuple(side and tuple(side[1].data.shape) for side in (reference, candidate)), None)
-    (stage, a), (other, b) = ((stage, signal.data) for stage, signal in (reference, candidate))
+    (unit, a), (other, b) = ((unit, signal.data) for unit, signal in (reference, candidate))
     shapes = tuple(a.shape), tuple(b.shape)
-    comparable = a.ndim == b.ndim and stage.unit == other.unit
+    comparable = a.ndim == b.ndim and unit == other
     tally = Tally.of(a, b) if comparable else None
     return Outcome(comparable and shapes[0] == shapes[1] and not tally.affected, shapes, tally)
 
@@ -269,8 +269,8 @@ class Comparator:
         a = b = None
         outcomes = []
         for row in self.alignment.rows:
-            a = (row.reference[1], next(left)) if row.reference else a
-            b = (row.candidate[1], next(right)) if row.candidate else b
+            a = (row.reference[1].unit or a[0], next(left)) if row.reference else a
+            b = (row.candidate[1].unit or b[0], next(right)) if row.candidate else b
             outcomes.append(compare(a, b))
         return outcomes
 
@@ -367,7 +367,7 @@ def _stage_summary(
         "same": all(o.same for o in outcomes),
         "recordings_differing": sum(not o.same for o in outcomes),
         "recordings_diverging_here_first": firsts.count(at),
-        "unit": (row.reference or row.candidate)[1].unit,
+        "unit": (row.reference or row.candidate)[1].unit or "as before",
         "difference": tally.summary(),
         "shapes": [
             {"reference": a and list(a), "candidate": b and list(b), "recordings": count}

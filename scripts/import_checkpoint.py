@@ -7,6 +7,7 @@ the checkpoint's own record is held against it and every variant.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,7 +17,7 @@ import yaml
 
 import parity.pydub_decode  # noqa: F401  (registers decode_pydub, which a variant names)
 from handler.pipeline import Pipeline
-from training import legacy
+from training import fastai, legacy
 from training.manifest import read_manifest, select
 
 
@@ -91,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
         if key not in (definitions or {}):
             raise ValueError(f"{args.archive / 'model-config.yaml'} has no '{key}'")
     old = legacy.read_legacy(args.checkpoint)
+    if fastai.is_fastai(old.weights):
+        old = replace(old, weights=fastai.rename(old.weights))
     agreed = legacy.check_config(old.config, chosen, definitions["network"])
     network = legacy.network_from(old.weights, definitions["network"])
     notes = legacy.check_trained(network)

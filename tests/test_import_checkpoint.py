@@ -164,7 +164,7 @@ class Settings:
         (weights_and(val_auc=np.complex128(1)), "numpy scalar of type 'c16'"),
         (weights_and(config={"out": Path("runs")}), r"'pathlib.PosixPath'"),
         (weights_and(state_dict=WEIGHTS), "both model_state_dict and state_dict"),
-        ({"model": WEIGHTS, "epoch": 3}, "without a tensor .model, epoch.; expected 'model_state_dict'"),
+        ({"net": WEIGHTS, "epoch": 3}, "without a tensor .net, epoch.; expected 'model_state_dict'"),
         ({"model_state_dict": {**WEIGHTS, "version": 2}}, "without a tensor .version.; expected tensors by name"),
         ({"model_state_dict": {0: torch.ones(1)}}, "without a tensor"),
         ({"model_state_dict": {}}, "has no weights"),

@@ -81,6 +81,7 @@ stages:
 # Another valid value for every parameter that has one.
 CHANGES: dict[tuple[str, str], Any] = {
     ("resample", "rate"): 22050,
+    ("resample", "method"): "resample_poly",
     ("resample", "lowpass_filter_width"): 7,
     ("resample", "rolloff"): 0.98,
     ("highpass", "cutoff_hz"): 50.1,
@@ -113,7 +114,7 @@ CHANGES: dict[tuple[str, str], Any] = {
     ("standardize", "input_range"): [0.0, 1.0],
     ("standardize", "arithmetic"): "float16",
 }
-SINGLE_CHOICE = {("resample", "method"), ("quantize", "dtype")}
+SINGLE_CHOICE = {("quantize", "dtype")}
 
 
 @pytest.fixture(scope="module")

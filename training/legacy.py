@@ -96,7 +96,7 @@ _SAFE_GLOBALS = [
 def read_legacy(path: str | Path) -> Legacy:
     """Read a `.pth` of another training script onto the CPU, as plain data.
 
-    Accepted: a dict with the weights under `model_state_dict` or `state_dict`, and optionally `epoch`, `val_auc` (a
+    Accepted: a dict with the weights under `model_state_dict`, `state_dict` or `model`, and optionally `epoch`, `val_auc` (a
     Python number, a numpy scalar or a tensor) and `config` (a dict); or a state dict alone. Prefixes that
     `nn.DataParallel` and `torch.compile` put before every key are removed. Whatever else the file would have Python
     import or call is refused by name: nothing of it runs.
@@ -173,7 +173,7 @@ def _first_global(path: Path) -> str:
 
 
 def _weights(path: str | Path, content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    wrappers = [k for k in ("model_state_dict", "state_dict") if k in content]
+    wrappers = [k for k in ("model_state_dict", "state_dict", "model") if k in content]
     if len(wrappers) > 1:
         raise LegacyError(f"{path} has both {' and '.join(wrappers)}; keep the one that was evaluated")
     weights = content[wrappers[0]] if wrappers else content
@@ -182,7 +182,9 @@ def _weights(path: str | Path, content: Mapping[str, Any]) -> dict[str, torch.Te
     other = [str(k) for k, v in weights.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]
     if other:
         expected = (
-            "expected tensors by name" if wrappers else "expected 'model_state_dict', 'state_dict' or tensors only"
+            "expected tensors by name"
+            if wrappers
+            else "expected 'model_state_dict', 'state_dict', 'model' or tensors only"
         )
         listed = f"{', '.join(other[:8])}{', ...' if len(other) > 8 else ''}"
         raise LegacyError(f"{path} has keys without a tensor ({listed}); {expected}")

@@ -6,11 +6,15 @@ from typing import Any
 
 from handler.decisions.bag_threshold import BagThreshold
 from handler.decisions.decision import Decision, Part
+from handler.decisions.seconds_vote import SecondsVote
 from handler.definition import build
 
 __all__ = ["DECISIONS", "Decision", "Part", "build_decision"]
 
-DECISIONS: dict[str, type[Decision]] = {"bag_threshold": BagThreshold}
+DECISIONS: dict[str, type[Decision]] = {
+    "bag_threshold": BagThreshold,
+    "seconds_vote": SecondsVote,
+}
 
 
 def build_decision(definition: Any) -> Decision:

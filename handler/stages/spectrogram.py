@@ -106,6 +106,35 @@ class Decibel(Stage, name="decibel"):
 
 
 @dataclass(frozen=True)
+class PadFrames(Stage, name="pad_frames"):
+    """Crop or pad decibels at the end to `frames`: `(S, F, T) -> (S, F, frames)`.
+
+    What is added lies `value_db` above what `relative_to` names: "reference", 0 dB, the power of 1.0 that decibels are
+    relative to; or "minimum", the lowest value of the segment's own spectrogram. So `value_db: 0.0` is as quiet as the
+    segment gets re its minimum, but re the reference a steady noise of power 1.0 in every filter. The latter is what
+    fastai_audio's `tfm_pad_spectro` does, which takes zero for silence; with its pad_mode "zeros-after" at the end, as
+    here, and with its default "zeros" at both ends in random proportion, which no server can repeat.
+    """
+
+    unit: ClassVar[str] = "dB"
+    cheap: ClassVar[bool] = True
+    tolerance: ClassVar[Tolerance] = Tolerance(5e-3, 0.5, "dB", "copies decibels")
+
+    frames: int
+    value_db: float
+    relative_to: Literal["reference", "minimum"] = "reference"
+
+    def __post_init__(self):
+        self.require(self.frames > 0, f"frames is {self.frames}, expected at least 1")
+
+    def __call__(self, signal: Signal) -> Signal:
+        data = signal.data[..., : self.frames]
+        zero_db = data.amin(dim=(-2, -1), keepdim=True) if self.relative_to == "minimum" else data.new_zeros(1, 1, 1)
+        padding = (zero_db + self.value_db).expand(*data.shape[:-1], self.frames - data.shape[-1])
+        return signal.of(torch.cat([data, padding], dim=-1))
+
+
+@dataclass(frozen=True)
 class Scale(Stage, name="scale"):
     """Map [`low`, `high`] linearly onto `to`, clamping what lies outside."""
 

@@ -89,13 +89,13 @@ class Stage:
     field's convention; the normalised pipeline spells every parameter out.
 
     unit: of the stage's output; differences are only taken between outputs in the same unit. A stage that does not say
-        has one of its own.
+        has one of its own; a stage that only copies has "", and neither unit nor tolerance but those of the stage before.
     reads: for a stage that starts from encoded bytes, of what: "audio" or "image".
     cheap: quicker to run than its output is to store, as at the end of a pipeline in training.
     """
 
     name: ClassVar[str] = ""
-    tolerance: ClassVar[Tolerance]
+    tolerance: ClassVar[Tolerance | None] = None
     unit: ClassVar[str]
     reads: ClassVar[str] = ""
     cheap: ClassVar[bool] = False
