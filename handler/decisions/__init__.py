@@ -6,6 +6,7 @@ from typing import Any
 
 from handler.decisions.bag_threshold import BagThreshold
 from handler.decisions.decision import Decision, Part
+from handler.decisions.label_threshold import LabelThreshold
 from handler.decisions.seconds_vote import SecondsVote
 from handler.definition import build
 
@@ -13,6 +14,7 @@ __all__ = ["DECISIONS", "Decision", "Part", "build_decision"]
 
 DECISIONS: dict[str, type[Decision]] = {
     "bag_threshold": BagThreshold,
+    "label_threshold": LabelThreshold,
     "seconds_vote": SecondsVote,
 }
 
