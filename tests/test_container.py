@@ -29,7 +29,7 @@ def image(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("script", ["serve", "register", "smoke_test", "request"])
+@pytest.mark.parametrize("script", ["serve", "register", "smoke_test", "request", "compile_features"])
 def test_image_has_what_its_scripts_import(image: Path, script: str):
     command = [sys.executable, f"scripts/{script}.py", "--help"]
     result = subprocess.run(command, cwd=image, capture_output=True, text=True, check=False)

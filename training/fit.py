@@ -239,6 +239,9 @@ def _exhausted(history: list[dict[str, float]], patience: int) -> bool:
     return bool(history) and len(history) - _best_epoch(history) >= patience
 
 
+_SMALL = 4096  # values
+
+
 class _Inputs:
     """A training or validation entry as the network's input, or, once frozen, as its features."""
 
@@ -246,6 +249,7 @@ class _Inputs:
         self._network, self._cache, self._device = network, cache, device
         self._augmentation, self._batch_size = config.augmentation, config.batch_size
         self._features: dict[Path, torch.Tensor] = {}
+        self._small: dict[Path, torch.Tensor] = {}
 
     @property
     def frozen(self) -> bool:
@@ -255,7 +259,12 @@ class _Inputs:
         """`(S, ...)` on the device; augmented where a generator is given and the recipe says so."""
         if self.frozen:
             return self._features[entry[1]]
-        kept = self._cache.load(entry[1])
+        kept = self._small.get(entry[1])
+        if kept is None:
+            kept = self._cache.load(entry[1])
+            # A row of features takes longer to find on disk than all the rest of its step.
+            if kept.numel() <= _SMALL:
+                self._small[entry[1]] = kept
         if generator is not None and self._augmentation:
             kept = augment(kept, generator)
         return self._cache.finish(kept).to(self._device)

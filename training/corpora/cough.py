@@ -31,11 +31,12 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
-from numpy.random import MT19937, RandomState, SeedSequence
+from numpy.random import RandomState
 from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from scipy.signal import fftconvolve, lfilter, resample_poly
 
+from training.corpora.synthesis import Samples, glottal_pulses, stream, wander
 from training.corpora.writer import CorpusError, finish, is_complete, write_csv
 
 VERSION = 1  # raise it whenever a sample of any clip changes
@@ -67,8 +68,6 @@ VOWELS = np.array(
     dtype=float,
 )
 OPEN_VOWEL = VOWELS[3]
-
-Samples = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,6 @@ class Recorder:
     hum_hz: float
 
 
-def _stream(seed: int, *key: int) -> RandomState:
-    return RandomState(MT19937(SeedSequence([seed, *key])))
-
-
 def _unit(x: Samples) -> Samples:
     return x / np.sqrt(np.mean(x**2))
 
@@ -139,20 +134,6 @@ def _noise(rng: RandomState, n: int, low_hz: float = 20.0, high_hz: float = 20_0
     f = np.maximum(np.fft.rfftfreq(size, 1 / RATE), 1.0)
     gain = (f / 1000.0) ** (slope / 6.02) / np.sqrt((1 + (low_hz / f) ** 4) * (1 + (f / high_hz) ** 4))
     return _unit(np.fft.irfft(spectrum * gain, size)[:n])
-
-
-def _wander(rng: RandomState, n: int, hz: float) -> Samples:
-    """A curve in [-1, 1] that turns about `hz` times a second."""
-    knots = 2 + int(n / RATE * hz)
-    return np.interp(np.linspace(0, knots - 1, n), np.arange(knots), rng.uniform(-1, 1, knots))
-
-
-def _glottal(pitch_hz: Samples) -> Samples:
-    """Rosenberg's glottal pulses (JASA 49, 1971), differentiated: rise 40 %, fall 16 % of a period."""
-    phase = np.cumsum(pitch_hz) / RATE % 1.0
-    rise = 0.5 * (1 - np.cos(np.pi * phase / 0.4))
-    fall = np.cos(np.pi / 2 * (phase - 0.4) / 0.16)
-    return _unit(np.diff(np.where(phase < 0.4, rise, np.where(phase < 0.56, fall, 0.0)), prepend=0.0))
 
 
 def _formants(source: Samples, hz: Samples, bandwidth_hz: Samples) -> Samples:
@@ -189,8 +170,10 @@ def cough(rng: RandomState, voice: Voice) -> Samples:
     wave += voice.burst * burst * throat + voice.turbulence * turbulence * throat
     if rng.random_sample() < voice.voicing:
         start = int(n * rng.uniform(0.4, 0.6))
-        glide = np.linspace(rng.uniform(1.2, 1.6), 0.9, n - start) * (1 + 0.03 * _wander(rng, n - start, 60))
-        voiced = _formants(_glottal(voice.pitch_hz * glide), formants, np.linspace(90, 300, len(formants)))
+        glide = np.linspace(rng.uniform(1.2, 1.6), 0.9, n - start) * (1 + 0.03 * wander(rng, n - start, 60, RATE))
+        voiced = _formants(
+            _unit(glottal_pulses(voice.pitch_hz * glide, RATE)), formants, np.linspace(90, 300, len(formants))
+        )
         wave[start:] += rng.uniform(0.1, 0.35) * np.hanning(n - start) * voiced
     return wave * np.minimum(1, (seconds - t) / (0.3 * seconds))
 
@@ -205,8 +188,8 @@ def speech(rng: RandomState, voice: Voice, seconds: float) -> Samples:
     blocks, centres = np.arange(0, n, BLOCK), (edges[:-1] + edges[1:]) / 2
     tracks = np.stack([np.interp(blocks, centres, vowel) for vowel in vowels.T])
     tracks = np.vstack([tracks, np.full(len(blocks), 3500 * voice.formant_scale)])
-    pitch = voice.pitch_hz * np.linspace(1.15, 0.85, n) * (1 + 0.1 * _wander(rng, n, 4))
-    wave = _formants(_glottal(pitch), tracks, np.array([70.0, 100.0, 150.0, 250.0]))
+    pitch = voice.pitch_hz * np.linspace(1.15, 0.85, n) * (1 + 0.1 * wander(rng, n, 4, RATE))
+    wave = _formants(_unit(glottal_pulses(pitch, RATE)), tracks, np.array([70.0, 100.0, 150.0, 250.0]))
     hiss = _noise(rng, n, low_hz=3500, high_hz=9000)
     for start, stop in pairwise(edges):
         wave[start:stop] *= rng.uniform(0.5, 1.0) * np.sin(np.pi * np.linspace(0, 1, stop - start)) ** 0.6
@@ -220,11 +203,11 @@ def hum(rng: RandomState, voice: Voice, seconds: float) -> Samples:
     """A throat hum: low, nasal, more or less rough."""
     n = int(min(seconds, rng.uniform(0.3, 1.2)) * RATE)
     t = np.arange(n) / RATE
-    pitch = voice.pitch_hz * rng.uniform(0.7, 1.0) * (1 + 0.05 * _wander(rng, n, 5))
+    pitch = voice.pitch_hz * rng.uniform(0.7, 1.0) * (1 + 0.05 * wander(rng, n, 5, RATE))
     nasal = np.array([260.0, 1050.0, 2200.0]) * voice.formant_scale
     rough = 1 + rng.uniform(0, 0.6) * np.sin(2 * np.pi * rng.uniform(20, 35) * t)
     swell = np.minimum(1, np.minimum(t, t[-1] - t) / rng.uniform(0.03, 0.1))
-    return swell * rough * _formants(_glottal(pitch), nasal, np.array([90.0, 250.0, 400.0]))
+    return swell * rough * _formants(_unit(glottal_pulses(pitch, RATE)), nasal, np.array([90.0, 250.0, 400.0]))
 
 
 def laughter(rng: RandomState, voice: Voice, seconds: float) -> Samples:
@@ -237,7 +220,7 @@ def laughter(rng: RandomState, voice: Voice, seconds: float) -> Samples:
     formants = np.append(OPEN_VOWEL, 3500.0) * voice.formant_scale * rng.uniform(0.95, 1.1)
     pitch = voice.pitch_hz * np.repeat(np.linspace(rng.uniform(1.4, 2.0), 1.1, count), step) * (1.1 - 0.2 * phase)
     ha = np.sin(np.pi * np.clip((phase - 0.25) / 0.6, 0, 1)) * _formants(
-        _glottal(pitch), formants, np.array([90.0, 120.0, 180.0, 300.0])
+        _unit(glottal_pulses(pitch, RATE)), formants, np.array([90.0, 120.0, 180.0, 300.0])
     )
     breath = np.sin(np.pi * np.clip(phase / 0.4, 0, 1)) * _formants(
         _noise(rng, n), formants, np.array([200.0, 250.0, 300.0, 400.0])
@@ -291,7 +274,7 @@ def noise(rng: RandomState, voice: Voice, seconds: float) -> Samples:
     n = int(length * RATE)
     t = np.arange(n) / RATE
     rise, fall = np.exp(rng.uniform(np.log(0.005), np.log(0.2))), rng.uniform(0.1, 0.6) * length
-    swell = np.minimum(1, t / rise) * np.minimum(1, (length - t) / fall) * (1 + 0.5 * _wander(rng, n, 8))
+    swell = np.minimum(1, t / rise) * np.minimum(1, (length - t) / fall) * (1 + 0.5 * wander(rng, n, 8, RATE))
     return swell * _noise(
         rng, n, low_hz=rng.uniform(30, 800), high_hz=rng.uniform(3000, 15_000), slope=rng.uniform(-6, 2)
     )
@@ -300,7 +283,7 @@ def noise(rng: RandomState, voice: Voice, seconds: float) -> Samples:
 def rumble(rng: RandomState, voice: Voice, seconds: float) -> Samples:
     """Traffic or a handled microphone: noise below about 250 Hz that swells slowly."""
     n = int(min(seconds, rng.uniform(0.6, 2.0)) * RATE)
-    return np.hanning(n) * (1 + 0.6 * _wander(rng, n, 6)) * _noise(rng, n, low_hz=25, high_hz=rng.uniform(90, 250))
+    return np.hanning(n) * (1 + 0.6 * wander(rng, n, 6, RATE)) * _noise(rng, n, low_hz=25, high_hz=rng.uniform(90, 250))
 
 
 def clicks(rng: RandomState, voice: Voice, seconds: float) -> Samples:
@@ -462,7 +445,7 @@ def synthesize(
         raise CorpusError(f"clip index {index} is negative: give 0 or more")
     label, pair, speaker = index % 2, index // 2, index // CLIPS_PER_SPEAKER
     speaker_rng, recorder_rng, scene_rng = (
-        _stream(seed, kind, number) for kind, number in enumerate((speaker, pair, index))
+        stream(seed, kind, number) for kind, number in enumerate((speaker, pair, index))
     )
     voice, room = _voice(speaker_rng), _room(speaker_rng)
     recorder = _recorder(recorder_rng, pair, min_seconds, max_seconds, formats)
@@ -531,7 +514,7 @@ def split_speakers(speakers: int, seed: int) -> list[str]:
     """The split of each speaker: a fifth (at least one) to val and to test, the others to train."""
     held_out = max(1, round(0.2 * speakers))
     splits = ["val"] * held_out + ["test"] * held_out + ["train"] * (speakers - 2 * held_out)
-    return [splits[k] for k in _stream(seed, 3).permutation(speakers)]
+    return [splits[k] for k in stream(seed, 3).permutation(speakers)]
 
 
 README = """\

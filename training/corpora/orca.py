@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import soundfile
-from numpy.random import MT19937, RandomState, SeedSequence
+from numpy.random import RandomState
 from numpy.typing import NDArray
 from scipy.fft import next_fast_len
 from scipy.signal import resample_poly
 
+from training.corpora.synthesis import Samples, stream
 from training.corpora.writer import Example
 
 VERSION = 1  # raise it whenever a sample of any example changes
@@ -37,12 +38,6 @@ LABELS = ("other", "call")
 RATES = (48_000, 20_000, 44_100)
 CONTAINERS = (("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("WAV", "PCM_24"), ("FLAC", "PCM_16"))
 RATE = 48_000  # scenes are computed at this rate; the hydrophone resamples
-
-Samples = NDArray[np.float64]
-
-
-def _stream(seed: int, *key: int) -> RandomState:
-    return RandomState(MT19937(SeedSequence([seed, *key])))
 
 
 def _noise(rng: RandomState, n: int, slope: float = 0.0, low_hz: float = 20.0, high_hz: float = 20_000.0) -> Samples:
@@ -188,8 +183,8 @@ def examples(count: int, seed: int = 42) -> Iterator[Example]:
     """
     for index in range(count):
         number = index // 2 % len(SPLITS)
-        rng, label, split = _stream(seed, 0, index), LABELS[index % 2], SPLITS[number]
+        rng, label, split = stream(seed, 0, index), LABELS[index % 2], SPLITS[number]
         scene = _scene(rng, label, 2.0 if split == "train" else rng.uniform(8, 12))
-        data = _record(rng, _stream(seed, 1, number), scene, number)
+        data = _record(rng, stream(seed, 1, number), scene, number)
         name = f"audio/{index:04d}.{CONTAINERS[number % len(CONTAINERS)][0].lower()}"
         yield Example(name, data, label, f"hydrophone-{number:02d}", split)

@@ -20,11 +20,11 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.random import MT19937, RandomState, SeedSequence
-from numpy.typing import NDArray
+from numpy.random import RandomState
 from scipy.signal import lfilter, resample_poly
 
 from training.corpora.cough import RATES, SUBTYPES, VOWELS, Clip, encode, split_speakers
+from training.corpora.synthesis import Samples, glottal_pulses, stream, wander
 from training.corpora.writer import CorpusError, Example
 
 VERSION = 1  # raise it whenever a byte of any example changes
@@ -37,26 +37,6 @@ RATE = 44_100  # takes are computed at this rate; the recorder resamples
 # The range from which each label's takes draw how unsteady they are, from 0 to 1.
 UNSTEADINESS = {"poor": (0.35, 1.0), "good": (0.0, 0.45)}
 _MAJOR = (0, 2, 4, 5, 7, 9, 11, 12)
-
-Samples = NDArray[np.float64]
-
-
-def _stream(seed: int, *key: int) -> RandomState:
-    return RandomState(MT19937(SeedSequence([seed, *key])))
-
-
-def _wander(rng: RandomState, n: int, hz: float) -> Samples:
-    """A curve in [-1, 1] that turns about `hz` times a second."""
-    knots = 2 + int(n / RATE * hz)
-    return np.interp(np.linspace(0, knots - 1, n), np.arange(knots), rng.uniform(-1, 1, knots))
-
-
-def _pulses(pitch_hz: Samples) -> Samples:
-    """Differentiated glottal pulses: rise 40 %, fall 16 % of a period (A. E. Rosenberg, JASA 49, 1971)."""
-    phase = np.cumsum(pitch_hz) / RATE % 1.0
-    rise = 0.5 * (1 - np.cos(np.pi * phase / 0.4))
-    fall = np.cos(np.pi / 2 * (phase - 0.4) / 0.16)
-    return np.diff(np.where(phase < 0.4, rise, np.where(phase < 0.56, fall, 0.0)), prepend=0.0)
 
 
 def _throat(source: Samples, formants_hz: Samples) -> Samples:
@@ -72,13 +52,13 @@ def _note(rng: RandomState, n: int, pitch_hz: float, formants_hz: Samples, unste
     """One sung note of `n` samples. Every imperfection grows with the unsteadiness, each by a factor of its own."""
     u = unsteadiness * rng.uniform(0.5, 1.5, 8)
     t = np.arange(n) / RATE
-    vibrato_hz = 5.6 * (1 + 0.5 * u[0] * _wander(rng, n, 3.0))
-    depth = rng.uniform(0.2, 0.4) * (1 + u[1] * _wander(rng, n, 4.0)) * np.minimum(1, t / 0.25)
+    vibrato_hz = 5.6 * (1 + 0.5 * u[0] * wander(rng, n, 3.0, RATE))
+    depth = rng.uniform(0.2, 0.4) * (1 + u[1] * wander(rng, n, 4.0, RATE)) * np.minimum(1, t / 0.25)
     semitones = depth * np.sin(2 * np.pi * (rng.uniform() + np.cumsum(vibrato_hz) / RATE))
-    semitones += 0.5 * u[2] * rng.standard_normal() + 0.6 * u[3] * _wander(rng, n, 1.5)  # missed, and drifting
+    semitones += 0.5 * u[2] * rng.standard_normal() + 0.6 * u[3] * wander(rng, n, 1.5, RATE)  # missed, and drifting
     semitones -= 2.0 * u[4] * np.exp(-t / 0.08)  # slides up to it
-    jitter, shimmer = 0.01 * u[5] * _wander(rng, n, 90.0), 0.35 * u[6] * _wander(rng, n, 40.0)
-    voiced = _throat(_pulses(pitch_hz * 2 ** (semitones / 12) * (1 + jitter)), formants_hz) * (1 + shimmer)
+    jitter, shimmer = 0.01 * u[5] * wander(rng, n, 90.0, RATE), 0.35 * u[6] * wander(rng, n, 40.0, RATE)
+    voiced = _throat(glottal_pulses(pitch_hz * 2 ** (semitones / 12) * (1 + jitter), RATE), formants_hz) * (1 + shimmer)
     breath = _throat(rng.standard_normal(n), formants_hz) * 10 ** ((-42 + 26 * u[7]) / 20)
     attack = 0.03 + 0.05 * unsteadiness
     return (voiced + breath) * np.minimum(1, t / attack) * np.minimum(1, (t[-1] - t) / 0.05)
@@ -125,6 +105,6 @@ def examples(count: int, seed: int = 42) -> Iterator[Example]:
     splits = split_speakers(-(-count // TAKES_PER_SINGER), seed)
     for index in range(count):
         label, pair, singer = LABELS[index % 2], index // 2, index // TAKES_PER_SINGER
-        clip = _take(_stream(seed, 0, singer), _stream(seed, 1, pair), _stream(seed, 2, index), pair, label)
+        clip = _take(stream(seed, 0, singer), stream(seed, 1, pair), stream(seed, 2, index), pair, label)
         name = f"audio/take-{index:05d}.{clip.format}"
         yield Example(name, encode(clip), label, f"singer-{singer:04d}", splits[singer])
