@@ -1,0 +1,99 @@
+"""Retraining: what is merged, what a poller reads. The whole way is in test_archives.py, with a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from serving.errors import UsageError
+from serving.retrain import STATUS, Status, merged, next_version, read_status
+from tests.conftest import run_script
+from training.manifest import ManifestError
+
+
+def corpus(folder: Path, rows: list[tuple[str, str, str, str]]) -> tuple[Path, Path]:
+    folder.mkdir()
+    lines = ["file_path,label,split,group"]
+    for name, *rest in rows:
+        (folder / name).write_bytes(b"")
+        lines.append(",".join((name, *rest)))
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.csv", folder
+
+
+def test_manifests_are_merged_whatever_their_files_are_called(tmp_path: Path):
+    first = corpus(tmp_path / "old", [("a.wav", "good", "train", "ada"), ("b.wav", "poor", "test", "ben")])
+    second = corpus(tmp_path / "new", [("a.wav", "poor", "train", "cem")])
+    rows = merged([first, second], ("poor", "good"))
+    assert [(r.path.parent.name, r.label, r.split, r.group) for r in rows] == [
+        ("old", 1, "train", "ada"),
+        ("old", 0, "test", "ben"),
+        ("new", 0, "train", "cem"),
+    ]
+    assert len({r.file_path for r in rows}) == 3
+    with pytest.raises(ManifestError, match=r"a\.wav is in another manifest"):
+        merged([first, first], ("poor", "good"))
+
+
+def test_a_singer_stays_on_one_side_over_all_manifests(tmp_path: Path):
+    first = corpus(tmp_path / "old", [("a.wav", "good", "test", "ada")])
+    second = corpus(tmp_path / "new", [("c.wav", "poor", "train", "ada")])
+    with pytest.raises(ManifestError, match="group 'ada' is in split train here and in test elsewhere"):
+        merged([first, second], ("poor", "good"))
+
+
+def test_the_next_version_is_above_all_that_there_are(tmp_path: Path):
+    (tmp_path / "talent-3.1.mar").write_bytes(b"")
+    models = [{"name": "talent", "version": "1.0"}, {"name": "orca", "version": "9.0"}]
+    server = SimpleNamespace(models=lambda: models, model_store=tmp_path)
+    assert next_version(server, "talent") == "4.0"
+    assert next_version(server, "orca") == "10.0"
+    assert next_version(server, "portrait") == "1.0"
+
+
+def test_a_status_is_read_as_it_was_written(tmp_path: Path):
+    Status("2.0", os.getpid()).write(tmp_path, progress=40, step="training", message="epoch 3")
+    read = read_status(tmp_path)
+    assert (read.state, read.progress, read.step, read.message) == ("running", 40, "training", "epoch 3")
+    assert [p.name for p in tmp_path.iterdir()] == [STATUS]
+
+
+def test_a_process_that_is_gone_has_failed(tmp_path: Path):
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        process.wait()
+    Status("2.0", process.pid).write(tmp_path, step="training")
+    assert read_status(tmp_path).state == "failed"
+    # The same number, given to a process that is younger than the status.
+    Status("2.0", os.getpid(), started=time.time() - 10**7).write(tmp_path, step="training")
+    assert read_status(tmp_path).state == "failed"
+    assert "during 'training'" in read_status(tmp_path).message
+
+
+def test_no_status_and_a_broken_one_are_told(tmp_path: Path):
+    with pytest.raises(UsageError, match="no retraining was started there"):
+        read_status(tmp_path)
+    (tmp_path / STATUS).write_text(json.dumps({"state": "running"}))
+    with pytest.raises(UsageError, match="not a retraining's status"):
+        read_status(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("status",), "status needs --out"),
+        (("status", "--out", "nowhere"), "no retraining was started there"),
+        (("start", "--archive", "archive/talent"), "at least one --manifest"),
+        (("start", "--archive", "archive/talent", "--manifest", "nowhere.csv"), "there is no manifest nowhere.csv"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...], message: str, tmp_path: Path):
+    result = run_script("retrain", *arguments, "--state-dir", tmp_path, check=False)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
