@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 from handler.pipeline import Difference, Pipeline
-from handler.stages import PipelineError
+from handler.stages import REGISTRY, PipelineError
 from tests import recordings
 from tests.recordings import one_thread  # noqa: F401
 
@@ -555,3 +555,36 @@ def test_stopping_half_way_leaves_gradients_on(pipeline):
     steps = pipeline.steps(loud_ending(16000, 48000, channels=1))
     assert next(steps)[0] == "decode"
     assert torch.is_grad_enabled()
+
+
+# What training fits
+
+
+TALENT = FILE.parents[1] / "talent" / "pipeline.yaml"
+
+
+def scaled(mean: float) -> Pipeline:
+    bare = Pipeline.from_yaml(TALENT)
+    return bare.replace(standard_scaler=REGISTRY["standard_scaler"]((mean,) * 37, (1.0,) * 37))
+
+
+def test_an_unfitted_stage_is_completed_by_the_trained_one():
+    bare = Pipeline.from_yaml(TALENT)
+    assert bare.unfitted == ["standard_scaler"]
+    assert scaled(0.5).unfitted == []
+    assert bare.completed_by(scaled(0.5)).fingerprint == scaled(0.5).fingerprint
+    # What is already fitted stays, and what the other does not have cannot be taken from it.
+    assert scaled(1.0).completed_by(scaled(0.5)).fingerprint == scaled(1.0).fingerprint
+    first, _ = scaled(0.5).split(before="standard_scaler")
+    assert bare.completed_by(first).unfitted == ["standard_scaler"]
+
+
+def test_other_statistics_are_another_pipeline():
+    (difference,) = scaled(0.5).diff(scaled(0.25))
+    assert (difference.stage, difference.parameter) == ("standard_scaler", "mean")
+    assert scaled(0.5).fingerprint != scaled(0.25).fingerprint
+
+
+def test_what_a_pipeline_reads():
+    assert Pipeline.from_yaml(FILE).reads == "audio"
+    assert Pipeline.from_yaml(FILE.parents[1] / "portrait" / "pipeline.yaml").reads == "image"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 from sklearn.metrics import f1_score
@@ -20,8 +21,9 @@ from training.augment import augment
 from training.cache import StageCache, UnreadableRecordings
 from training.checkpoint import CheckpointError, load_checkpoint, network_of
 from training.evaluate import at_threshold, best_threshold, measure_classes
-from training.fit import Config, config_of, fit
+from training.fit import Config, _copies_of, _measure_batch_statistics, config_of, fit
 from training.manifest import ManifestError, manifest_digest, read_manifest, select
+from training.objectives import objective_of
 
 COUGH = ROOT / "archive" / "cough"
 
@@ -341,3 +343,80 @@ class ThreeWays(Decision):
 
     def read(self, body):
         raise NotImplementedError
+
+
+# --- what is trained --------------------------------------------------------------------------------------------------
+
+
+class TwoLayers(torch.nn.Module):
+    """An encoder with batch normalisation, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5))
+        self.last = torch.nn.Linear(5, 3)
+
+    def encode(self, x):
+        return self.body(x)
+
+    def logits(self, features):
+        return self.last(features)
+
+
+def test_every_segment_has_its_recordings_label_and_every_class_its_weight():
+    network = TwoLayers().eval()
+    inputs, labels = [torch.randn(2, 4), torch.randn(1, 4)], torch.tensor([2, 0])
+    loss = objective_of(network, torch.tensor([1.0, 2.0, 3.0]), 0.0, frozen=False).loss(inputs, labels)
+    logs = torch.log_softmax(network.logits(network.encode(torch.cat(inputs))), dim=1)
+    weights = {0: 6 / 3 / 1, 2: 6 / 3 / 3}
+    chosen = [(0, 2), (1, 2), (2, 0)]
+    expected = -sum(weights[k] * logs[n, k] for n, k in chosen) / sum(weights[k] for _, k in chosen)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_batch_statistics_of_a_frozen_encoder_are_the_training_sets():
+    network = TwoLayers()
+    x = torch.randn(12, 4)
+    _measure_batch_statistics(network, list(x.unsqueeze(1)), batch_size=4)
+    hidden = network.body[0](x).detach()
+    assert torch.allclose(network.body[1].running_mean, hidden.mean(dim=0), atol=1e-6)
+    variances = torch.stack([part.var(dim=0) for part in hidden.split(4)]).mean(dim=0)
+    assert torch.allclose(network.body[1].running_var, variances, atol=1e-5)
+    assert network.body[1].momentum == 0.1
+
+
+def test_a_bag_is_trained_as_a_whole(demonstration: Demonstration, tmp_path: Path):
+    with pytest.raises(ValueError, match="choose trained: all"):
+        _fit(demonstration, tmp_path, tmp_path / "cache", trained="head")
+
+
+def test_augmentation_of_what_is_no_spectrogram_is_refused(demonstration: Demonstration, tmp_path: Path):
+    orca = ROOT / "archive" / "orca"
+    with pytest.raises(ValueError, match="augmentation is of scaled spectrograms, pipeline 'orca' gives values in dB"):
+        fit(
+            read_manifest(demonstration.manifest, demonstration.corpus),
+            Pipeline.from_yaml(orca / "pipeline.yaml"),
+            yaml.safe_load((orca / "model-config.yaml").read_text()),
+            Config(),
+            tmp_path / "run",
+            cache_dir=tmp_path / "cache",
+            device=torch.device("cpu"),
+        )
+
+
+def test_copies_stay_in_their_recordings_split_and_group(tmp_path: Path):
+    rows = [("a.wav", "1", "train", "ada"), ("b.wav", "0", "train", "ben")]
+    manifest = write_rows(tmp_path / "m.csv", "file_path,label,split,group", rows)
+    recordings = read_manifest(manifest, tmp_path)
+    soundfile.write(recordings[0].path, np.sin(np.arange(8000) / 5), 8000)
+    made = _copies_of(recordings, Config(copies=2), tmp_path / "copies")
+    # b.wav cannot be read: it has no copies, and preparing the originals says why.
+    assert [(r.file_path, r.label, r.split, r.group) for r in made] == [
+        ("a.wav, copy 1", 1, "train", "ada"),
+        ("a.wav, copy 2", 1, "train", "ada"),
+    ]
+    contents = {r.path.read_bytes() for r in [recordings[0], *made]}
+    assert len(contents) == 3
+    before = [r.path.stat().st_mtime_ns for r in made]
+    assert [r.path.stat().st_mtime_ns for r in _copies_of(recordings, Config(copies=2), tmp_path / "copies")] == before
