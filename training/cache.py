@@ -41,8 +41,9 @@ def report_unreadable(failures: dict[str, str], skip: bool) -> None:
 class StageCache:
     """The pipeline, cut in two: the costly stages' output is computed once per input and kept, `finish` runs every time.
 
-    The cut is before the cheap stages at the end, such as one that replicates channels. Entries live below a folder named after the fingerprint of the cached stages, their code and the libraries they call,
-    and are named after the digest of the recording's bytes: whatever could change a number is another entry.
+    The cut is before the cheap stages at the end, such as one that replicates channels. Entries live below a folder named
+    after the fingerprint of the cached stages, their code and the libraries they call, and are named after the digest of
+    the input's bytes: whatever could change a number is another entry.
     """
 
     def __init__(self, root: str | Path, pipeline: Pipeline):
