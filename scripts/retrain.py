@@ -22,8 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from handler.decisions import build_decision
+from handler.definition import read_config
 from serving.errors import ServerError, UsageError
-from serving.retrain import STATUS, next_version, read_status, retrain
+from serving.retrain import STATUS, merged, next_version, read_status, retrain
 from serving.server import Server
 from training.fit import config_of
 from training.recipe import read_recipe
@@ -72,8 +74,10 @@ def start(arguments: argparse.Namespace) -> int:
     settings = read_recipe(arguments.recipe or arguments.archive / "recipe.yaml", "training")
     given = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
     config = config_of(settings | {k: v for k, v in given.items() if v is not None})
+    sources = [(path, path.parent) for path in arguments.manifest]
+    # Before anything runs in the background, where nobody looks at once.
+    merged(sources, build_decision(read_config(arguments.archive / "model-config.yaml")["decision"]).classes)
     if arguments.action == "run":
-        sources = [(path, path.parent) for path in arguments.manifest]
         result = retrain(arguments.archive, sources, config, version, out, server, arguments.cache)
         print(json.dumps(result, indent=2))
         return 0

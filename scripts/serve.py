@@ -3,7 +3,7 @@
 python scripts/serve.py start      then register archives with scripts/register.py
 python scripts/serve.py status     exits with 1 when none is running or a model has no worker
 python scripts/serve.py stop
-python scripts/serve.py token      prints an inference token that is good for up to an hour; each renewal ends the one before
+python scripts/serve.py token      prints a token that is good for up to an hour; each renewal ends the one before
 python scripts/serve.py run        in the foreground, with every archive of the model store, until a signal: for containers
 """
 
@@ -29,6 +29,9 @@ def main() -> int:
     parser.add_argument("--model-store", type=Path, default=Path("model_store"), help="archives (model_store)")
     parser.add_argument("--config", type=Path, default=CONFIG, help="TorchServe's settings (config.properties)")
     parser.add_argument("--ports", choices=["free"], help="free ones instead of those in the configuration")
+    parser.add_argument(
+        "--kind", choices=["inference", "management"], default="inference", help="of token: what it opens (inference)"
+    )
     arguments = parser.parse_args()
     where = (arguments.model_store, arguments.state_dir, arguments.config, arguments.ports)
     try:
@@ -42,11 +45,12 @@ def main() -> int:
             print(f"stopped process {server.pid}")
             return 0
         if arguments.action == "token":
-            print(server.token("inference"))
+            print(server.token(arguments.kind))
             return 0
         status = server.status()
         show(status)
-        return 0 if status["health"] == "Healthy" else 1
+        # TorchServe's health leaves out a model that was scaled to no workers at all.
+        return 0 if status["health"] == "Healthy" and all(model["workers"] for model in status["models"]) else 1
     except UsageError as error:
         # Nothing is wrong with asking whether a server is running.
         if arguments.action == "status":

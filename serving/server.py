@@ -224,6 +224,7 @@ class Server:
     ) -> dict:
         """Load an archive from the model store; return its row of `models()` once all its workers are ready.
 
+        A version that is registered already is not loaded again: with `default`, and nothing else, it becomes the default.
         `workers`: None for the archive's own setting. `default`: make this the version that unversioned requests
         get (a model's first version is in any case). A failure leaves the versions already serving as they are.
         Raises UsageError for a wrong archive or a version that is registered already; LoadError, with the handler's
@@ -238,9 +239,13 @@ class Server:
         path = f"/models/{name}/{version}"
         # Asked beforehand: a registration that TorchServe refuses leaves its unpacked archive behind.
         if self.manage("GET", path, expect=(200, 404)).status_code == 200:
-            raise UsageError(
-                f"{name} {version} is registered already; build the archive with a new version, or unregister this one"
-            )
+            if not default or workers is not None or self._row(name, version)["archive"] != archive.name:
+                raise UsageError(
+                    f"{name} {version} is registered already; build the archive with a new version, unregister this one, or "
+                    "make it the default with nothing but --default"
+                )
+            self.set_default(name, version)
+            return self._row(name, version)
         log = self.state_dir / "logs" / "model_log.log"
         seen = log.stat().st_size
         url = {"url": archive.name, "synchronous": "true"}

@@ -207,6 +207,10 @@ def test_a_new_version_becomes_the_default_only_when_asked(running: Server, clie
     again = run_script("register.py", second, "--state-dir", running.state_dir)
     assert again.returncode == 2
     assert "echo 2.0 is registered already" in again.stderr
+    switched = run_script("register.py", second, "--default", "--state-dir", running.state_dir)
+    assert (switched.returncode, switched.stdout) == (0, "echo 2.0 registered, default version, workers READY\n")
+    assert client.predict_rest("echo", AUDIO).body["version"] == "2.0"
+    running.set_default("echo", "1.0")
     running.unregister("echo", "2.0")
 
     row = running.register(second, workers=2, default=True)

@@ -209,7 +209,7 @@ def measure_classes(
         },
         # Rows are the labels, columns the choices.
         "confusion": confusion_matrix(labels, chosen, labels=range(len(classes))).tolist(),
-        "confident": float((confidence > threshold).mean()),
+        "confident": float((confidence >= threshold).mean()),
         "calibration": {"mean_probability": mean.tolist(), "fraction_positive": fraction.tolist()},
     }
 

@@ -99,21 +99,22 @@ def assign_splits(recordings: list[Recording], seed: int = 42) -> list[Recording
 
     Rows without a group are a group of their own. Raises ManifestError when there are too few groups for that.
     """
-    rest, test = _fold(recordings, seed)
-    train, val = _fold(rest, seed)
+    try:
+        rest, test = _fold(recordings, seed)
+        train, val = _fold(rest, seed)
+    except ValueError as error:
+        groups = len({r.group or r.file_path for r in recordings})
+        raise ManifestError(
+            f"{len(recordings)} rows in {groups} groups are too few to be split ({error}); give more, or a split column"
+        ) from error
     chosen = {r.file_path: split for split, part in (("train", train), ("val", val), ("test", test)) for r in part}
     return [replace(r, split=chosen[r.file_path]) for r in recordings]
 
 
 def _fold(recordings: list[Recording], seed: int) -> tuple[list[Recording], list[Recording]]:
     groups = [r.group or r.file_path for r in recordings]
-    try:
-        folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
-        larger, smaller = next(folds.split(recordings, [r.label for r in recordings], groups))
-    except ValueError as error:
-        raise ManifestError(
-            f"{len(recordings)} rows in {len(set(groups))} groups cannot be split five ways ({error}); give more, or a split column"
-        ) from error
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
+    larger, smaller = next(folds.split(recordings, [r.label for r in recordings], groups))
     return [recordings[k] for k in larger], [recordings[k] for k in smaller]
 
 
