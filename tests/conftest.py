@@ -1,4 +1,4 @@
-"""What the slow tests share: a small trained detector, packaged, and a TorchServe that serves it."""
+"""What the slow tests share: small trained models, packaged, and a TorchServe that serves them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def run_script(name: str, *arguments: object, check: bool = True) -> subprocess.
 class Demonstration:
     """The files of one small run of the whole chain."""
 
+    name: str
     corpus: Path
     run: Path
     evaluation: Path
@@ -43,20 +44,50 @@ class Demonstration:
 
     @property
     def archive(self) -> Path:
-        return self.store / "cough-1.0.mar"
+        return self.store / f"{self.name}-1.0.mar"
+
+
+def demonstrate(name: str, root: Path, store: Path, corpus: tuple, training: tuple) -> Demonstration:
+    """Corpus, training, evaluation and archive, by the scripts."""
+    made = Demonstration(name, root / "corpus", root / "run", root / "evaluation", store)
+    definition = ("--archive", f"archive/{name}")
+    run_script("make_corpus", "--out", made.corpus, *corpus)
+    run_script(
+        "train", *definition, "--manifest", made.manifest, "--out", made.run, "--cache", root / "cache", *training
+    )
+    run_script("evaluate", "--checkpoint", made.checkpoint, "--manifest", made.manifest, "--out", made.evaluation)
+    build = ("--checkpoint", made.checkpoint, "--evaluation", made.evaluation, "--out", made.store)
+    run_script("build_archive", *definition, *build, "--version", "1.0")
+    return made
 
 
 @pytest.fixture(scope="session")
 def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
-    """Corpus, training, evaluation and archive, by the scripts."""
+    """A small cough detector."""
     root = tmp_path_factory.mktemp("demonstration")
-    made = Demonstration(root / "corpus", root / "run", root / "evaluation", root / "store")
-    run_script("make_corpus", "--out", made.corpus, "--clips", 40)
-    train = ("--epochs", 3, "--learning-rate", 1e-3, "--cache", root / "cache")
-    run_script("train", "--manifest", made.manifest, "--out", made.run, *train)
-    run_script("evaluate", "--checkpoint", made.checkpoint, "--manifest", made.manifest, "--out", made.evaluation)
-    build = ("--checkpoint", made.checkpoint, "--evaluation", made.evaluation, "--out", made.store)
-    run_script("build_archive", *build, "--version", "1.0")
+    training = ("--epochs", 3, "--learning-rate", 1e-3)
+    return demonstrate("cough", root, root / "store", ("--clips", 40), training)
+
+
+# Each by its own recipe, only smaller.
+OTHERS = {
+    "orca": (("--count", 72), ("--epochs", 3, "--batch-size", 4)),
+    "talent": (("--count", 72), ()),
+    "portrait": (("--count", 72), ()),
+}
+
+
+@pytest.fixture(scope="session")
+def others(
+    demonstration: Demonstration, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Demonstration]:
+    """The other archives, by name, registered with the same server."""
+    made = {}
+    for name, (corpus, training) in OTHERS.items():
+        recipe = ("--recipe", f"archive/{name}/recipe.yaml")
+        root = tmp_path_factory.mktemp(name)
+        made[name] = demonstrate(name, root, demonstration.store, (*recipe, *corpus), (*recipe, *training))
+        run_script("register", made[name].archive, "--default", "--state-dir", server.state_dir)
     return made
 
 

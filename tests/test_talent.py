@@ -309,8 +309,8 @@ def test_a_feature_that_never_varies_cannot_be_scaled():
 
 def test_the_network_is_the_keras_model():
     """The same weights in Keras 3's own layers: float32 sums of up to 256 products: 9e-8 measured, 2.4e-7 of the logit."""
-    os.environ["KERAS_BACKEND"] = "torch"  # read when Keras is first imported
-    import keras
+    # Here: the other tests need not wait for the import.
+    from tests.keras_on_torch import keras
 
     assert keras.backend.backend() == "torch"
     network = build_network(read_config(ARCHIVE / "model-config.yaml")["network"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from handler.decisions.bag_threshold import BagThreshold
+from handler.decisions.class_probabilities import ClassProbabilities
 from handler.decisions.decision import Decision, Part
 from handler.decisions.label_threshold import LabelThreshold
 from handler.decisions.seconds_vote import SecondsVote
@@ -14,6 +15,7 @@ __all__ = ["DECISIONS", "Decision", "Part", "build_decision"]
 
 DECISIONS: dict[str, type[Decision]] = {
     "bag_threshold": BagThreshold,
+    "class_probabilities": ClassProbabilities,
     "label_threshold": LabelThreshold,
     "seconds_vote": SecondsVote,
 }

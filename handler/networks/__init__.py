@@ -8,11 +8,13 @@ from torch import nn
 
 from handler.definition import build
 from handler.networks.attn_mil_resnet import AttnMILResNet
+from handler.networks.keras_resnet50 import KerasResNet50
 from handler.networks.mlp import MLP
 from handler.networks.resnet18_fastai import ResNet18Fastai
 
 NETWORKS: dict[str, type[nn.Module]] = {
     "attn_mil_resnet": AttnMILResNet,
+    "keras_resnet50": KerasResNet50,
     "mlp": MLP,
     "resnet18_fastai": ResNet18Fastai,
 }

@@ -13,7 +13,9 @@ from typing import Any
 
 from training.corpora.writer import CorpusError, write
 
-KINDS = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "synthesis", "writer")))
+KINDS = tuple(
+    sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "synthesis", "writer"))
+)
 
 
 def write_corpus(
