@@ -382,7 +382,10 @@ def test_report_of_a_manifest_has_metrics(root):
         root, "--audio-root", root / "audio", "--worst", "0", "--limit", "2", source=source, candidate="pytorch_backend"
     )
     report = json.loads((root / "out" / "skew.json").read_text(encoding="utf-8"))
-    assert [(r["name"], r["label"]) for r in report["recordings"]] == [("a.ogg", "positive"), ("sub/c <&>.ogg", "negative")]
+    assert [(r["name"], r["label"]) for r in report["recordings"]] == [
+        ("a.ogg", "positive"),
+        ("sub/c <&>.ogg", "negative"),
+    ]
     assert report["metrics"]["reference"].keys() == report["metrics"]["candidate"].keys() >= {"auc", "f1"}
     assert report["first_divergence"]["stage"] == "standardize"
 
