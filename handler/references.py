@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from handler.definition import read_config
 from handler.pipeline import Pipeline
 from handler.stages import Signal
 
@@ -72,7 +73,7 @@ def self_test(service: ModelService, root: Path) -> SelfTest:
     """Replay an unpacked archive's references on the device and with the policy that will serve.
 
     Raises SelfTestError for the first stage, in the pipeline's order, whose output is further from its record than the
-    stage's tolerance; then for a pipeline file or weights that are not the ones built, however small their effect; then
+    stage's tolerance; then for a pipeline file, a decision or weights that are not the ones built, however small their effect; then
     for network outputs or probabilities that differ by more than the runtime's tolerance.
     """
     started = time.perf_counter()
@@ -84,6 +85,7 @@ def self_test(service: ModelService, root: Path) -> SelfTest:
         for file, shapes in recorded["recordings"].items()
     }
     _check_definition(service.pipeline, service.metrics)
+    _check_decision(root, service.metrics)
     _check_weights(root, service.metrics)
     outputs = dict(zip(inputs, service.runtime(list(inputs.values())), strict=True))
     allowed = service.runtime.tolerance
@@ -150,6 +152,12 @@ def _check_definition(pipeline: Pipeline, metrics: Mapping[str, Any]) -> None:
         raise SelfTestError(
             f"self-test: stage '{first.stage}' is not as built ('there'): {'; '.join(map(str, differences))}"
         )
+
+
+def _check_decision(root: Path, metrics: Mapping[str, Any]) -> None:
+    now = read_config(root / "model-config.yaml")["decision"]
+    if now != metrics["decision"]:
+        raise SelfTestError(f"self-test: the decision is {now}, built with {metrics['decision']}")
 
 
 def _check_weights(root: Path, metrics: Mapping[str, Any]) -> None:

@@ -61,6 +61,11 @@ class Limits:
     max_pixels: int = 50_000_000
     max_files: int = 64
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if type(value) not in (int, float) or not value > 0:
+                raise ValueError(f"limit {name} is {value!r}, expected a positive number")
+
 
 def parse_request(fields: Mapping[str, Any], headers: Mapping[str, str], limits: Limits) -> Request | BatchRequest:
     """The request in a server's form fields and headers.

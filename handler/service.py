@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,7 +20,10 @@ from handler.request import BatchRequest, Limits, Request, RequestError
 from handler.runtimes import Runtime, load_runtime
 from handler.stages import InputError, Signal
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
+_AT_ONCE = 8  # files that are in memory as the network takes them
 _STATUS = {"malformed": 400, "unsupported": 415, "too_large": 413}
 
 
@@ -74,7 +77,7 @@ class ModelService:
         """As `load`, without the replay: for whoever is about to record the references."""
         root = Path(archive_dir)
         config = read_config(root / "model-config.yaml")
-        policy = NumericPolicy(**config["precision"])
+        policy = _settings("precision", NumericPolicy, config)
         policy.apply()
         return cls(
             pipeline=Pipeline.from_yaml(root / "pipeline.yaml"),
@@ -82,7 +85,7 @@ class ModelService:
             decision=build_decision(config["decision"]),
             metrics=json.loads((root / "metrics.json").read_text(encoding="utf-8")),
             policy=policy,
-            limits=Limits(**config["limits"]),
+            limits=_settings("limits", Limits, config),
         )
 
     @property
@@ -99,13 +102,9 @@ class ModelService:
         """One response per request, in order. A file that cannot be read is answered alone and never fails another,
         whether it came in a request of its own or among others in one."""
         singles = [single for request in requests for single in _singles(request)]
-        prepared = [self._prepare(single) for single in singles]
-        good = [p for p in prepared if isinstance(p, Signal)]
-        outputs = iter(self.runtime([signal.data for signal in good]))
-        answers = iter(
-            Response.of_error(p) if isinstance(p, RequestError) else self._answer(single, p, next(outputs))
-            for single, p in zip(singles, prepared, strict=True)
-        )
+        # A few at a time: what the network takes of a file can be a thousand times larger than the file.
+        parts = (singles[start : start + _AT_ONCE] for start in range(0, len(singles), _AT_ONCE))
+        answers = (answer for part in parts for answer in self._answers(part))
         return [
             _together({name: next(answers) for name in request.files})
             if isinstance(request, BatchRequest)
@@ -135,6 +134,15 @@ class ModelService:
             "self_test": asdict(self.proof) if self.proof else None,
         }
 
+    def _answers(self, singles: Sequence[Request | RequestError]) -> list[Response]:
+        prepared = [self._prepare(single) for single in singles]
+        good = [p for p in prepared if isinstance(p, Signal)]
+        outputs = iter(self.runtime([signal.data for signal in good]))
+        return [
+            Response.of_error(p) if isinstance(p, RequestError) else self._answer(single, p, next(outputs))
+            for single, p in zip(singles, prepared, strict=True)
+        ]
+
     def _prepare(self, request: Request | RequestError) -> Signal | RequestError:
         if isinstance(request, RequestError):
             return request
@@ -160,6 +168,14 @@ class ModelService:
                 "tier": self.runtime.tier,
             },
         )
+
+
+def _settings(name: str, kind: type[T], config: Mapping[str, Any]) -> T:
+    given = config[name]
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model-config.yaml: {name} is {given!r}: {error}") from error
 
 
 def _singles(request: Request | BatchRequest | RequestError) -> list[Request | RequestError]:

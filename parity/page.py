@@ -10,6 +10,7 @@ from typing import Any
 from parity import pictures
 from parity.pictures import PALETTE, Example, Picture
 from parity.report import (
+    at_threshold,
     cannot_run,
     decision_change,
     difference,
@@ -141,7 +142,7 @@ def _summary(report: dict[str, Any]) -> str:
             probability(together["mean_abs"]),
             f"on average; at most {probability(together['max_abs'])}",
         ),
-        ("Decisions that change", f"{together['flips']} of {count}", f"at threshold {report['threshold']:g}"),
+        ("Decisions that change", f"{together['flips']} of {count}", at_threshold(report).strip()),
     ]
     if metrics:
         a, b = metrics["reference"], metrics["candidate"]
@@ -247,13 +248,13 @@ def _decisions(report: dict[str, Any]) -> str:
             for name, label in names.items()
         ]
         head = ["Metric", "Reference", "Candidate", "Change"]
-        parts.append(_table(head, rows, numeric=1, caption=f"Against the labels, at threshold {report['threshold']:g}"))
+        parts.append(_table(head, rows, numeric=1, caption=f"Against the labels{at_threshold(report)}"))
     else:
         parts.append('<p class="note">No AUC or F1: they need labelled recordings of every class.</p>')
     if flips:
         changed = _recording_table(flips, "Decisions that change")
     else:
-        changed = f"<p>No decision changes at threshold {report['threshold']:g}.</p>"
+        changed = f"<p>No decision changes{at_threshold(report)}.</p>"
     return (
         '<section aria-labelledby="what"><h2 id="what">What it does to decisions</h2><div class="pair">'
         f"<figure>{_image(pictures.decisions(report))}<figcaption>One mark per recording. On the diagonal nothing changed; "

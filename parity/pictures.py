@@ -153,7 +153,7 @@ def decisions(report: dict[str, Any]) -> Picture:
         return _picture(
             figure,
             f"Scatter plot of {report['recordings_compared']} recordings, reference probability against candidate "
-            f"probability; {len(flipped)} lie where the decision at threshold {threshold:g} changes.",
+            f"probability; {len(flipped)} lie where the decision changes.",
         )
 
 

@@ -28,7 +28,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
         f"{where}.",
         f"The probability changes by {probability(together['mean_abs'])} on average and by "
         f"{probability(together['max_abs'])} at most; "
-        f"{together['flips']} of {count} decisions change at threshold {report['threshold']:g}.",
+        f"{together['flips']} of {count} decisions change{at_threshold(report)}.",
     ]
     if report["inputs_identical"]:
         lines.append(
@@ -191,3 +191,8 @@ def in_order(report: dict[str, Any], edit: dict[str, Any]) -> list[str]:
 def decision_change(entry: dict[str, Any]) -> str:
     before, after = (entry["chosen"][side] for side in ("reference", "candidate"))
     return f"{before} → {after}" if before != after else before
+
+
+def at_threshold(report: dict[str, Any]) -> str:
+    """Where decisions are made, as the end of a sentence; with more than two classes no threshold decides."""
+    return f" at threshold {report['threshold']:g}" if len(report["classes"]) == 2 else ""

@@ -174,13 +174,13 @@ class Comparator:
         self._cumulative = [self.alignment.stages(frozenset(range(k + 1))) for k in range(count)]
         self._pipelines = [reference, candidate, *(Pipeline("mixed", list(s)) for s in self._alone + self._cumulative)]
 
-    def measure(self, name: str, audio: bytes, label: int | None = None) -> Measurement:
+    def measure(self, name: str, payload: bytes, label: int | None = None) -> Measurement:
         """Compare one encoded recording.
 
         Raises InputError, naming the side, when the reference or the candidate cannot read it, and PipelineError when
         one of the two cannot run at all.
         """
-        ours, theirs = self.traces(audio)
+        ours, theirs = self.traces(payload)
         known = [
             (tuple(p.stages.values()), list(t.values())) for p, t in ((self.reference, ours), (self.candidate, theirs))
         ]
@@ -194,7 +194,7 @@ class Comparator:
         for way, mixtures in (("alone", self._alone), ("in_order", self._cumulative)):
             for k, stages in enumerate(mixtures):
                 try:
-                    signal = self._run(stages, self._payload(audio), known)[-1]
+                    signal = self._run(stages, self._payload(payload), known)[-1]
                     score = self._score(signal, scores)
                     answers[way].append(score)
                     # One input, one Score: `_score` does not make a second one.
@@ -215,17 +215,17 @@ class Comparator:
             frozenset(inert),
         )
 
-    def traces(self, audio: bytes) -> tuple[dict[str, Signal], dict[str, Signal]]:
+    def traces(self, payload: bytes) -> tuple[dict[str, Signal], dict[str, Signal]]:
         """Every signal in the reference and in the candidate, by stage, in order; raises as `measure` does."""
-        payload = self._payload(audio)
+        start = self._payload(payload)
         return tuple(
-            dict(zip(p.stages, _named(side, self._run, tuple(p.stages.values()), payload, []), strict=True))
+            dict(zip(p.stages, _named(side, self._run, tuple(p.stages.values()), start, []), strict=True))
             for side, p in (("reference", self.reference), ("candidate", self.candidate))
         )
 
-    def _payload(self, audio: bytes) -> Payload:
+    def _payload(self, payload: bytes) -> Payload:
         # One head for all, so that a shared prefix of two pipelines has one result; more of it changes no output.
-        return Payload(audio, lambda rate: max(p.head_s(rate) for p in self._pipelines), **self._limits)
+        return Payload(payload, lambda rate: max(p.head_s(rate) for p in self._pipelines), **self._limits)
 
     def _run(
         self, stages: tuple[Stage, ...], payload: Payload, known: list[tuple[tuple[Stage, ...], list[Signal]]]

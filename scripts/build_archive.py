@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from handler.decisions import build_decision
+from handler.definition import read_config
 from handler.precision import TIERS
 from handler.runtimes import RUNTIMES
 from serving.build import build_archive
@@ -39,9 +41,9 @@ def main() -> None:
         execution = args.runtime and Execution(
             args.runtime,
             args.precision or "fp32",
-            _recordings(args.manifest, args.root),
+            _recordings(args.manifest, args.root, args.archive),
             args.split,
-            _recordings(args.calibration_manifest, args.root),
+            _recordings(args.calibration_manifest, args.root, args.archive),
         )
         target = build_archive(
             *(args.archive, args.checkpoint, args.evaluation, args.version, args.out),
@@ -53,8 +55,11 @@ def main() -> None:
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
-def _recordings(manifest: Path | None, root: Path | None) -> list[Recording]:
-    return read_manifest(manifest, root or manifest.parent) if manifest else []
+def _recordings(manifest: Path | None, root: Path | None, archive: Path) -> list[Recording]:
+    if manifest is None:
+        return []
+    classes = build_decision(read_config(archive / "model-config.yaml")["decision"]).classes
+    return read_manifest(manifest, root or manifest.parent, classes)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import yaml
 
 import parity.pydub_decode  # noqa: F401  (registers decode_pydub, which a variant names)
+from handler.decisions import build_decision
+from handler.definition import read_config
 from handler.pipeline import Pipeline
 from training import fastai, legacy
 from training.manifest import read_manifest, select
@@ -54,7 +55,8 @@ def table(trials: list[legacy.Trial]) -> str:
 
 def compare(args: argparse.Namespace, checkpoint: dict, chosen: Pipeline, val_auc: float | None) -> None:
     """Print the table and the verdict."""
-    rows = select(read_manifest(args.manifest, args.root or args.manifest.parent), args.split)
+    classes = build_decision(checkpoint["decision"]).classes
+    rows = select(read_manifest(args.manifest, args.root or args.manifest.parent, classes), args.split, classes)
     recorded = legacy.read_predictions(args.predictions) if args.predictions else {}
     known = sum(r.file_path in recorded for r in rows)
     if args.predictions and not known:
@@ -87,10 +89,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} exists; choose another --out, or delete it")
     chosen = Pipeline.from_yaml(args.pipeline)
     legacy.check_servable(chosen)
-    definitions = yaml.safe_load((args.archive / "model-config.yaml").read_text(encoding="utf-8"))
-    for key in ("network", "decision"):
-        if key not in (definitions or {}):
-            raise ValueError(f"{args.archive / 'model-config.yaml'} has no '{key}'")
+    definitions = read_config(args.archive / "model-config.yaml")
     old = legacy.read_legacy(args.checkpoint)
     if fastai.is_fastai(old.weights):
         old = replace(old, weights=fastai.rename(old.weights))
@@ -122,7 +121,7 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path, help="what the weights were trained behind; always to be given")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint to write, such as runs/NAME/best.pth")
     parser.add_argument("--archive", type=Path, default=Path("archive/cough"), help="definition: network and decision")
-    parser.add_argument("--manifest", type=Path, help="CSV with file_path, cough_label, split: compare pipelines on it")
+    parser.add_argument("--manifest", type=Path, help="CSV with file_path, label, split: compare pipelines on it")
     parser.add_argument(
         "--root", "--audio-root", type=Path, help="folder that file_path is relative to (default: the manifest's)"
     )
@@ -134,7 +133,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where the network runs while comparing")
     args = parser.parse_args()
     if args.manifest is None and (args.root or args.predictions):
-        parser.error("--audio-root and --predictions belong to --manifest, which is not given")
+        parser.error("--root and --predictions belong to --manifest, which is not given")
     try:
         if args.pipeline is None:
             parser.error(

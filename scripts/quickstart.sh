@@ -14,6 +14,7 @@ while [ $# -gt 0 ]; do
     esac
     shift || break
 done
+name="${name%/}"
 recipe="archive/$name/recipe.yaml"
 if [ -z "$name" ] || [ ! -f "$recipe" ]; then
     echo "$0: --archive is '$name', expected one of: $(cd archive && echo *)" >&2
@@ -34,9 +35,8 @@ step "4/6 packaging"
 "$PYTHON" scripts/build_archive.py --archive "archive/$name" --checkpoint "$work/train/best.pth" \
     --evaluation "$work/evaluation" --version 1.0 --out "$work/model_store" --force
 step "5/6 serving"
-if "$PYTHON" scripts/serve.py status --state-dir "$work/server" > /dev/null; then
-    "$PYTHON" scripts/serve.py stop --state-dir "$work/server"
-fi
+# One that an earlier --keep left, healthy or not.
+"$PYTHON" scripts/serve.py stop --state-dir "$work/server" 2> /dev/null || true
 [ -n "$keep" ] || trap '"$PYTHON" scripts/serve.py stop --state-dir "$work/server"' EXIT
 "$PYTHON" scripts/serve.py start --state-dir "$work/server" --model-store "$work/model_store" --ports free
 "$PYTHON" scripts/register.py "$work/model_store/$name-1.0.mar" --default --state-dir "$work/server"

@@ -6,7 +6,7 @@ python scripts/retrain.py status --out runs/retrain/talent-2.0                  
 python scripts/retrain.py run ...                                               as start, but waits for the end
 
 --manifest may be given several times: the files of the last training and the new ones. A manifest without a split column
-is split 80 to 20, stratified by label, a group (such as a singer) on one side only.
+has a fifth kept for the test, stratified by label, a group (such as a singer) on one side only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from handler.decisions import build_decision
 from handler.definition import read_config
 from serving.errors import ServerError, UsageError
-from serving.retrain import STATUS, merged, next_version, read_status, retrain
+from serving.retrain import STATUS, check_version, merged, next_version, read_status, retrain
 from serving.server import Server
 from training.fit import config_of
 from training.recipe import read_recipe
@@ -68,6 +68,7 @@ def start(arguments: argparse.Namespace) -> int:
     server = Server.attach(arguments.state_dir)
     name = arguments.archive.resolve().name
     version = arguments.version or next_version(server, name)
+    check_version(server, name, version)
     out = arguments.out or Path("runs/retrain", f"{name}-{version}")
     if (out / STATUS).exists() and read_status(out).state != "failed":
         raise UsageError(f"{out} already holds a retraining; choose another --version or --out")
@@ -90,7 +91,7 @@ def start(arguments: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "run", *(str(part) for k, v in options if v is not None for part in (k, v))]
     with open(out / "retrain.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-    while not (out / STATUS).exists():
+    while not (out / STATUS).exists() or read_status(out).pid != process.pid:
         if process.poll() is not None:
             raise ServerError(f"it ended at once: {(out / 'retrain.log').read_text(encoding='utf-8').strip()}")
         time.sleep(0.1)

@@ -133,7 +133,7 @@ def main() -> None:
         parser.error("--root belongs to --manifest; with --files the folder says it all")
     try:
         report = compare(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.exit(2, f"skew_report.py: {error}\n")
     print(as_text(report))
     print(f"\n{args.out / 'index.html'}: open it in a browser; all numbers are in {args.out / 'skew.json'}")

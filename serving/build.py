@@ -20,12 +20,15 @@ from torch import nn
 from handler.definition import read_config
 from handler.pipeline import Pipeline
 from handler.references import SelfTestError, library_versions, record
+from handler.request import Request
 from handler.service import ModelService
 from parity.probes import probes
 from serving.errors import BuildError
 from serving.execution import Execution
 from training.checkpoint import file_digest, load_checkpoint, network_of
 from training.evaluate import MIN_REFERENCE_SPREAD
+
+VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,7 +53,7 @@ def build_archive(
     within the tier's tolerance or that barely vary, a reduced precision whose AUC is another, or a different archive
     already there (unless `force`).
     """
-    if not re.fullmatch(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*", version):
+    if not VERSION.fullmatch(version):
         raise BuildError(f"version is {version!r}, expected digits and letters joined by dots, such as 1.0")
     for path in (archive / "pipeline.yaml", archive / "model-config.yaml", evaluation / "metrics.json"):
         if not path.is_file():
@@ -62,19 +65,23 @@ def build_archive(
     config = read_config(archive / "model-config.yaml")
     execution = execution or Execution.of(config)
     _check_pipeline(pipeline, trained)
+    _check_decision(config["decision"], checkpoint["decision"])
     network = network_of(checkpoint, config["network"])
     measured = json.loads((evaluation / "metrics.json").read_text(encoding="utf-8"))
-    _check_trained(network, measured)
-    if measured["checkpoint_sha256"] != file_digest(checkpoint_path):
+    if measured.get("checkpoint_sha256") != file_digest(checkpoint_path):
         raise BuildError(
             f"{evaluation} measured another checkpoint than {checkpoint_path}; run scripts/evaluate.py on this one"
         )
+    if "classes" not in measured:
+        raise BuildError(f"{evaluation} was written by another version of scripts/evaluate.py; run it again")
+    _check_trained(network, measured)
     metrics = {
         "model_name": name,
         "model_version": version,
         "threshold": measured["threshold"],
         "pipeline_fingerprint": pipeline.fingerprint,
         "pipeline": pipeline.to_dict(),
+        "decision": config["decision"],
         "checkpoint_sha256": measured["checkpoint_sha256"],
         "dataset_sha256": measured["dataset_sha256"],
         "git_commit": _git_commit(),
@@ -146,11 +153,16 @@ def _prove(staged: Path) -> None:
     device = torch.device("cpu")
     record(ModelService.unproven(staged, device), references)
     try:
-        ModelService.load(staged, device)
+        service = ModelService.load(staged, device)
     except SelfTestError as error:
         raise BuildError(
             f"the references are not reproduced, so weights, libraries or code are not the evaluation's: {error}"
         ) from error
+    # The limits and the answer's fields are no part of the self-test.
+    for entry in entries:
+        (answer,) = service.predict([Request((references / entry["file"]).read_bytes())])
+        if answer.status != 200:
+            raise BuildError(f"the archive refuses its own reference {entry['file']}: {answer.body['message']}")
 
 
 def _check_pipeline(wanted: Pipeline, trained: Pipeline) -> None:
@@ -164,6 +176,14 @@ def _check_pipeline(wanted: Pipeline, trained: Pipeline) -> None:
         raise BuildError(
             "the checkpoint was trained with another pipeline than the archive defines ('here': the archive, 'there': "
             f"the checkpoint):\n{differences}"
+        )
+
+
+def _check_decision(wanted: dict[str, Any], evaluated: dict[str, Any]) -> None:
+    if wanted != evaluated:
+        raise BuildError(
+            f"the checkpoint was trained and evaluated with the decision {evaluated}, model-config.yaml has {wanted}; the names "
+            "of the classes, their order and the threshold belong to the numbers: train again, or put the decision back"
         )
 
 

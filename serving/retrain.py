@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 from handler.decisions import build_decision
 from handler.definition import read_config
 from handler.pipeline import Pipeline
-from serving.build import build_archive
-from serving.errors import UsageError
+from serving.build import VERSION, build_archive
+from serving.errors import ServerError, UsageError
 from serving.server import Server
 from serving.smoke import smoke_test
+from training.checkpoint import file_digest
 from training.evaluate import evaluate
 from training.fit import Config, fit
 from training.manifest import ManifestError, Recording, read_manifest
@@ -86,26 +87,39 @@ def next_version(server: Server, name: str) -> str:
     return f"{max(numbers, default=0) + 1}.0"
 
 
+def check_version(server: Server, name: str, version: str) -> None:
+    """Raise UsageError, before hours of training, for a version that could not be built or registered at their end."""
+    if not VERSION.fullmatch(version):
+        raise UsageError(f"version is {version!r}, expected digits and letters joined by dots, such as 2.0")
+    taken = (server.model_store / f"{name}-{version}.mar").exists()
+    if taken or any((m["name"], m["version"]) == (name, version) for m in server.models()):
+        raise UsageError(f"{name} {version} exists already; choose another --version")
+
+
 def merged(sources: Sequence[tuple[Path, Path]], classes: Sequence[str]) -> list[Recording]:
     """The rows of several (manifest, root), each of which says its own splits or has them assigned.
 
-    Raises ManifestError for a file or a group that two of them have.
+    Raises ManifestError for a recording, whatever its file is called, or a group that two of them have.
     """
-    rows: dict[Path, Recording] = {}
+    rows: list[Recording] = []
+    seen: dict[str, tuple[int, Recording]] = {}
     splits: dict[str, str] = {}
-    for manifest, root in sources:
+    for number, (manifest, root) in enumerate(sources, start=1):
         for row in read_manifest(manifest, root, classes):
-            path = row.path.resolve()
-            if path in rows:
-                raise ManifestError(f"{manifest}: {row.file_path} is in another manifest, too")
+            source, same = seen.setdefault(file_digest(row.path), (number, row))
+            if source != number or (same.label, same.split) != (row.label, row.split):
+                elsewhere = (
+                    f"{same.file_path} of another manifest" if source != number else f"{same.file_path}, otherwise"
+                )
+                raise ManifestError(f"{manifest}: {row.file_path} is the same recording as {elsewhere}; list it once")
             if row.group and splits.setdefault(row.group, row.split) != row.split:
                 raise ManifestError(
                     f"{manifest}: group {row.group!r} is in split {row.split} here and in {splits[row.group]} elsewhere; give "
                     "both the same in a split column"
                 )
             # Two folders may use the same relative names.
-            rows[path] = Recording(str(path), row.path, row.label, row.split, row.group)
-    return list(rows.values())
+            rows.append(replace(row, file_path=f"{number}/{row.file_path}"))
+    return rows
 
 
 def retrain(
@@ -144,13 +158,22 @@ def retrain(
         metrics = evaluate(checkpoint, best, rows, "test", out / "evaluation", device)
         status.write(out, progress=80, step="building")
         built = build_archive(archive, best, out / "evaluation", version, server.model_store)
-        status.write(out, progress=88, step="registering")
-        model = server.register(built, default=False)
-        status.write(out, progress=94, step="proving what is served")
-        table = smoke_test(server, model["name"], version)
-        failed = [row.path for row in table if not row.passed]
-        if failed:
-            raise RuntimeError(f"the smoke test failed for {', '.join(failed)}; the default version goes on as before")
+        try:
+            status.write(out, progress=88, step="registering")
+            model = server.register(built, default=False)
+            status.write(out, progress=94, step="proving what is served")
+            table = smoke_test(server, model["name"], version)
+            failed = [row.path for row in table if not row.passed]
+            if failed:
+                raise ServerError(
+                    f"the smoke test failed for {', '.join(failed)}; the default version goes on as before"
+                )
+        except BaseException:
+            # In the store it would be registered with all others when a container starts.
+            built.unlink(missing_ok=True)
+            if any((m["name"], m["version"]) == (archive.resolve().name, version) for m in server.models()):
+                server.unregister(archive.resolve().name, version)
+            raise
         result = {
             "model": model["name"],
             "version": version,

@@ -119,7 +119,10 @@ def _measure(path: str, send: Callable[..., Answer], references: References, ver
         body = answer.body
         scores, chosen = decision.read(body)
         differences += [abs(p - evaluated) for p, evaluated in zip(scores, entry["scores"], strict=True)]
-        flips += chosen != decision.choose(tuple(entry["scores"]), body["threshold_used"])
+        if chosen != decision.choose(tuple(entry["scores"]), body["threshold_used"]):
+            flips += 1
+            if not _is_close_call(entry["scores"], body["threshold_used"], references.tolerance):
+                problems.append(f"{entry['file']}: decided for {decision.classes[chosen]}, evaluated {entry['scores']}")
         served = (body["model_version"], body["pipeline_fingerprint"])
         if served != (version, references.fingerprint):
             problems.append(f"{entry['file']}: answered by version {served[0]}, pipeline {served[1][:12]}")
@@ -134,6 +137,14 @@ def _measure(path: str, send: Callable[..., Answer], references: References, ver
         tuple(problems),
         references.tolerance,
     )
+
+
+def _is_close_call(scores: list[float], threshold: float, tolerance: float) -> bool:
+    """Whether scores within the tolerance of these may decide otherwise."""
+    if len(scores) == 1:
+        return abs(scores[0] - threshold) <= tolerance
+    first, second = sorted(scores)[-1:-3:-1]
+    return first - second <= 2 * tolerance
 
 
 def as_table(rows: list[Row]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -170,3 +171,33 @@ def test_pipeline_file_in_the_archive_is_the_definition(demonstration: Demonstra
         packed = yaml.safe_load(archive.read("pipeline.yaml"))
     assert packed["name"] == "cough"
     assert [next(iter(s)) for s in packed["stages"]][:3] == ["decode", "peak_normalize", "downmix"]
+
+
+@pytest.mark.parametrize("change", [("threshold: 0.61", "threshold: 0.5"), ("coughDetected", "detected")])
+def test_refuses_another_decision(demonstration: Demonstration, tmp_path: Path, change: tuple[str, str]):
+    """Classes in another order, or another threshold, would give every number another meaning."""
+    definition = tmp_path / "cough"
+    shutil.copytree(ROOT / "archive" / "cough", definition)
+    config = definition / "model-config.yaml"
+    config.write_text(config.read_text().replace(*change))
+    with pytest.raises(BuildError, match="trained and evaluated with the decision"):
+        build_archive(definition, demonstration.checkpoint, demonstration.evaluation, "1.0", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ("{max_seconds: 300}", "unexpected keyword argument 'max_seconds'"),
+        ("{max_bytes: 50 MB}", "limit max_bytes is '50 MB', expected a positive number"),
+        ("{max_duration_s: 0.5}", "refuses its own reference .*longer than 0.5 s"),
+    ],
+)
+def test_refuses_limits_that_make_no_sense(demonstration: Demonstration, tmp_path: Path, limits: str, message: str):
+    definition = tmp_path / "cough"
+    shutil.copytree(ROOT / "archive" / "cough", definition)
+    config = definition / "model-config.yaml"
+    config.write_text(re.sub("limits: .*", f"limits: {limits}", config.read_text()))
+    with pytest.raises(ValueError, match=message):
+        build_archive(definition, demonstration.checkpoint, demonstration.evaluation, "1.0", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -431,7 +431,7 @@ def test_the_response():
 
 @pytest.mark.parametrize("least", [1, 2, 3, 7])
 def test_score_exceeds_the_threshold_exactly_when_the_recording_is_positive(least):
-    decision = SecondsVote(threshold=0.5, min_positive_s=least, positive_field="found")
+    decision = SecondsVote(threshold=0.5, min_positive_s=least, positive_field="found", classes=("other", "call"))
     rng = np.random.default_rng(least)
     seen = Counter()
     for _ in range(200):
@@ -701,6 +701,6 @@ def test_bouts_are_equally_loud():
     for index in range(60):
         label = corpus.LABELS[index % 2]
         kinds = corpus.CALLS if label == "call" else corpus.CONFUSERS
-        bout = corpus._bout(corpus._stream(7, index), 2 * corpus.RATE, 0.05, 1.95, kinds, 0.25)
+        bout = corpus._bout(corpus.stream(7, index), 2 * corpus.RATE, 0.05, 1.95, kinds, 0.25)
         levels[label].append(10 * np.log10(np.mean(bout**2)))
     assert abs(np.mean(levels["call"]) - np.mean(levels["other"])) < 3.0

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from serving.errors import UsageError
-from serving.retrain import STATUS, Status, merged, next_version, read_status
+from serving.retrain import STATUS, Status, check_version, merged, next_version, read_status
 from tests.conftest import run_script
 from training.manifest import ManifestError
 
@@ -22,7 +22,7 @@ def corpus(folder: Path, rows: list[tuple[str, str, str, str]]) -> tuple[Path, P
     folder.mkdir()
     lines = ["file_path,label,split,group"]
     for name, *rest in rows:
-        (folder / name).write_bytes(b"")
+        (folder / name).write_bytes(f"{folder}/{name}".encode())
         lines.append(",".join((name, *rest)))
     (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
     return folder / "manifest.csv", folder
@@ -37,9 +37,25 @@ def test_manifests_are_merged_whatever_their_files_are_called(tmp_path: Path):
         ("old", 0, "test", "ben"),
         ("new", 0, "train", "cem"),
     ]
-    assert len({r.file_path for r in rows}) == 3
-    with pytest.raises(ManifestError, match=r"a\.wav is in another manifest"):
+    assert [r.file_path for r in rows] == ["1/a.wav", "1/b.wav", "2/a.wav"]
+    with pytest.raises(ManifestError, match=r"a\.wav is the same recording as a\.wav of another manifest"):
         merged([first, first], ("poor", "good"))
+    (tmp_path / "old" / "b.wav").write_bytes((tmp_path / "old" / "a.wav").read_bytes())
+    with pytest.raises(ManifestError, match=r"b\.wav is the same recording as a\.wav, otherwise"):
+        merged([first], ("poor", "good"))
+
+
+def test_a_version_is_refused_before_the_training(tmp_path: Path):
+    (tmp_path / "talent-3.0.mar").write_bytes(b"")
+    server = SimpleNamespace(models=lambda: [{"name": "talent", "version": "2.0"}], model_store=tmp_path)
+    check_version(server, "talent", "4.0-b")
+    for version, message in (
+        ("2.0", "exists already"),
+        ("3.0", "exists already"),
+        ("../4", "expected digits and letters"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_version(server, "talent", version)
 
 
 def test_a_singer_stays_on_one_side_over_all_manifests(tmp_path: Path):

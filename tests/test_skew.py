@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -26,8 +26,8 @@ from handler.stages import InputError, Stage
 from parity.align import align
 from parity.page import write_html
 from parity.pydub_decode import AudioSegment
-from parity.report import as_text
-from parity.skew import Comparator, Tally, summarize
+from parity.report import as_text, at_threshold
+from parity.skew import Comparator, Score, Tally, summarize
 from scripts import skew_report
 from training.checkpoint import save_checkpoint
 
@@ -433,3 +433,24 @@ def test_page_in_a_browser(written, tmp_path):
     images, loaded, overflow = map(int, re.search(r'data-probe="([^"]+)"', done.stdout)[1].split(","))
     assert images == loaded > 5
     assert overflow <= 0
+
+
+def test_three_classes_have_no_threshold(comparator, reference):
+    """By hand: the change is told in the class that the reference chooses, and the decision changes with the highest."""
+    pair = comparator(reference)
+    same = pair.measure("clip", recording())
+    before, after = Score((0.6, 0.3, 0.1), ()), Score((0.35, 0.45, 0.2), ())
+    rows = [
+        replace(same, name="changed", label=0, reference=before, candidate=after),
+        replace(same, name="kept", label=1, reference=after, candidate=after),
+        replace(same, name="last", label=2, reference=Score((0.0, 0.1, 0.9), ()), candidate=Score((0.0, 0.2, 0.8), ())),
+    ]
+    report = summarize(pair.alignment, rows, 0.7, ("animal", "avatar", "human"))
+    changes = [entry["change"] for entry in report["recordings"]]
+    assert changes == pytest.approx([-0.25, 0.0, -0.1])
+    assert report["together"]["flips"] == 1
+    assert report["recordings"][0]["chosen"] == {"reference": "animal", "candidate": "avatar"}
+    assert report["metrics"]["reference"]["accuracy"] == 1.0
+    assert report["metrics"]["candidate"]["accuracy"] == pytest.approx(2 / 3)
+    assert at_threshold(report) == ""
+    assert at_threshold(report | {"classes": ["no", "yes"]}) == " at threshold 0.7"

@@ -267,6 +267,20 @@ def test_labels_are_class_names(tmp_path: Path):
         select(recordings, "val", ("animal", "avatar", "human"))
 
 
+def test_class_names_win_over_yes_and_no_and_spreadsheets_may_mark_their_encoding(tmp_path: Path):
+    rows = [("a.wav", "yes", "train"), ("b.wav", "no", "train")]
+    manifest = write_rows(tmp_path / "m.csv", "file_path,label,split", rows)
+    manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes())
+    assert [r.label for r in read_manifest(manifest, tmp_path, ("yes", "no"))] == [0, 1]
+    assert [r.label for r in read_manifest(manifest, tmp_path)] == [1, 0]
+
+
+def test_one_file_is_listed_once_however_it_is_spelt(tmp_path: Path):
+    rows = [("a.wav", "1", "train"), ("./a.wav", "0", "test")]
+    with pytest.raises(ManifestError, match=r"row 3: file_path '\./a\.wav' is repeated"):
+        read_manifest(write_rows(tmp_path / "m.csv", "file_path,label,split", rows), tmp_path)
+
+
 def test_a_group_belongs_to_one_split(tmp_path: Path):
     rows = [("a.wav", "1", "train", "ada"), ("b.wav", "0", "test", "ada")]
     manifest = write_rows(tmp_path / "m.csv", "file_path,label,split,group", rows)
@@ -308,6 +322,11 @@ def test_a_plateau_halves_the_rate():
         ({"schedule": "linear"}, "schedule is 'linear', expected cosine or plateau"),
         ({"trained": "tail"}, "trained is 'tail', expected all or head"),
         ({"copies": -1}, "copies -1"),
+        ({"learning_rate": "1e-3"}, "learning_rate is '1e-3', expected float"),
+        ({"epochs": 4.5}, "epochs is 4.5, expected int"),
+        ({"augmentation": "false"}, "augmentation is 'false', expected bool"),
+        ({1: 2}, "unknown training setting 1"),
+        ({"trained": "head"}, "trained: head needs augmentation: false"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict, message: str):
@@ -371,14 +390,14 @@ def test_every_segment_has_its_recordings_label_and_every_class_its_weight():
     logs = torch.log_softmax(network.logits(network.encode(torch.cat(inputs))), dim=1)
     weights = {0: 6 / 3 / 1, 2: 6 / 3 / 3}
     chosen = [(0, 2), (1, 2), (2, 0)]
-    expected = -sum(weights[k] * logs[n, k] for n, k in chosen) / sum(weights[k] for _, k in chosen)
+    expected = -sum(weights[k] * logs[n, k] for n, k in chosen) / 3
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_batch_statistics_of_a_frozen_encoder_are_the_training_sets():
     network = TwoLayers()
     x = torch.randn(12, 4)
-    _measure_batch_statistics(network, list(x.unsqueeze(1)), batch_size=4)
+    _measure_batch_statistics(network, lambda number: x[number : number + 1], range(12), batch_size=4)
     hidden = network.body[0](x).detach()
     assert torch.allclose(network.body[1].running_mean, hidden.mean(dim=0), atol=1e-6)
     variances = torch.stack([part.var(dim=0) for part in hidden.split(4)]).mean(dim=0)
@@ -388,7 +407,7 @@ def test_batch_statistics_of_a_frozen_encoder_are_the_training_sets():
 
 def test_a_bag_is_trained_as_a_whole(demonstration: Demonstration, tmp_path: Path):
     with pytest.raises(ValueError, match="choose trained: all"):
-        _fit(demonstration, tmp_path, tmp_path / "cache", trained="head")
+        _fit(demonstration, tmp_path, tmp_path / "cache", trained="head", augmentation=False)
 
 
 def test_augmentation_of_what_is_no_spectrogram_is_refused(demonstration: Demonstration, tmp_path: Path):

@@ -79,7 +79,7 @@ def predict(
     Raises UnreadableRecordings listing those it cannot read, unless `skip_unreadable`, which prints the list.
     """
     predictions, failures = [], {}
-    for recording in tqdm(recordings, desc=label, unit="clip"):
+    for recording in tqdm(recordings, desc=label, unit="file"):
         payload = recording.path.read_bytes()
         try:
             (scored,) = service.score([payload])
@@ -242,8 +242,8 @@ def _write_predictions(path: Path, classes: Sequence[str], predictions: list[Pre
 
 
 def _write_references(folder: Path, predictions: list[Prediction], count: int) -> None:
-    """Copy inputs evenly spread over the range of probabilities, of each class that is highest somewhere, with what the
-    service computed for them."""
+    """Copy inputs evenly spread over the range of probabilities (with several classes: over one after the other, each by
+    its own probability), with what the service computed for them."""
     by_size = sorted(predictions, key=lambda p: p.recording.path.stat().st_size)
     small = [p for p in by_size if p.recording.path.stat().st_size <= _MAX_REFERENCE_BYTES]
     if len(small) < count:

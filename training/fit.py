@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -69,6 +70,14 @@ class Config:
     def __post_init__(self):
         if self.segment_loss < 0 or self.copies < 0:
             raise ValueError(f"segment_loss {self.segment_loss}, copies {self.copies}: expected 0 or more")
+        if not (self.learning_rate > 0 and self.weight_decay >= 0):
+            raise ValueError(
+                f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay}: expected above 0, and 0 or more"
+            )
+        if self.trained == "head" and self.augmentation:
+            raise ValueError(
+                "features are computed once, so nothing can be augmented: trained: head needs augmentation: false"
+            )
         if self.epochs < 1 or self.batch_size < 2 or min(self.patience, self.plateau_patience) < 1:
             raise ValueError(
                 f"epochs {self.epochs}, batch_size {self.batch_size}, patience {self.patience}, plateau_patience "
@@ -98,9 +107,16 @@ class Config:
 def config_of(settings: Mapping[str, Any]) -> Config:
     """The Config with these settings and the defaults; raises ValueError for one that it does not have."""
     known = [f.name for f in fields(Config)]
-    unknown = sorted(set(settings) - set(known))
+    unknown = sorted(str(name) for name in settings if name not in known)
     if unknown:
         raise ValueError(f"unknown training setting {', '.join(unknown)}; there are: {', '.join(known)}")
+    for name, value in settings.items():
+        kind = type(getattr(Config, name))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            # YAML reads 1e-3, without a point, as text.
+            raise ValueError(
+                f"training setting {name} is {value!r}, expected {kind.__name__} (such as {getattr(Config, name)!r})"
+            )
     return Config(**settings)
 
 
@@ -133,6 +149,8 @@ def fit(
             f"augmentation is of scaled spectrograms, pipeline '{pipeline.name}' gives values in {cache.unit}; "
             "train without (--no-augmentation, or augmentation: false)"
         )
+    if config.copies and pipeline.reads != "audio":
+        raise ValueError(f"copies are of recordings, pipeline '{pipeline.name}' reads {pipeline.reads}s: copies: 0")
     if config.copies:
         train_rows = train_rows + _copies_of(train_rows, config, cache_dir / "copies")
     train = cache.prepare(train_rows, skip_unreadable=skip_unreadable)
@@ -169,7 +187,7 @@ def fit(
     inputs = _Inputs(network, cache, config, device)
     if config.trained == "head":
         if last is None and not config.backbone_weights:
-            _measure_batch_statistics(network, [inputs(entry) for entry in train], config.batch_size)
+            _measure_batch_statistics(network, inputs, train, config.batch_size)
         inputs.freeze(train + val)
 
     while len(history) < config.epochs and not _exhausted(history, config.patience):
@@ -279,7 +297,9 @@ class _Inputs:
         self._features = features
 
 
-def _measure_batch_statistics(network: nn.Module, inputs: list[torch.Tensor], batch_size: int) -> None:
+def _measure_batch_statistics(
+    network: nn.Module, inputs: Callable[[Entry], torch.Tensor], entries: list[Entry], batch_size: int
+) -> None:
     """Batch normalisation's running statistics as averages over one pass, for an encoder that is not trained."""
     layers = [m for m in network.modules() if isinstance(m, _BatchNorm)]
     momenta = [layer.momentum for layer in layers]
@@ -287,11 +307,11 @@ def _measure_batch_statistics(network: nn.Module, inputs: list[torch.Tensor], ba
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # PyTorch's word for a cumulative average
-    x = torch.cat(inputs)
-    for chunk in tqdm(x.split(batch_size), desc="batch statistics", unit="batch"):
-        if len(chunk) > 1:
+    for start in tqdm(range(0, len(entries), batch_size), desc="batch statistics", unit="batch"):
+        batch = torch.cat([inputs(entry) for entry in entries[start : start + batch_size]])
+        if len(batch) > 1:
             with torch.no_grad():
-                network.encode(chunk)
+                network.encode(batch)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
 
@@ -300,10 +320,12 @@ def _copies_of(recordings: list[Recording], config: Config, folder: Path) -> lis
     """Augmented copies as files, each in its recording's split and group. Of an unreadable recording there are none:
     `StageCache.prepare` reports it."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Made by other code or other libraries, a copy is another one.
+    maker = json.dumps(library_versions()).encode() + Path(copies.__code__.co_filename).read_bytes()
     made = []
     for recording in tqdm(recordings, desc="augmented copies", unit="file"):
         data = recording.path.read_bytes()
-        name = f"{hashlib.sha256(data).hexdigest()}-{config.seed}"
+        name = f"{hashlib.sha256(maker + data).hexdigest()}-{config.seed}"
         paths = [folder / f"{name}-{number}.wav" for number in range(config.copies)]
         if not all(path.exists() for path in paths):
             try:
@@ -311,7 +333,9 @@ def _copies_of(recordings: list[Recording], config: Config, folder: Path) -> lis
             except InputError:
                 continue
             for path, copy in zip(paths, audio, strict=True):
-                path.write_bytes(copy)
+                unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+                unfinished.write_bytes(copy)
+                unfinished.replace(path)
         made += [
             replace(recording, file_path=f"{recording.file_path}, copy {number}", path=path)
             for number, path in enumerate(paths, start=1)
@@ -372,7 +396,7 @@ def _ranking(labels: list[int], scores: np.ndarray) -> dict[str, float]:
 
 
 def _progress(entries: list[Entry]) -> Iterator[Entry]:
-    yield from tqdm(entries, desc="validation", unit="clip", leave=False)
+    yield from tqdm(entries, desc="validation", unit="file", leave=False)
 
 
 def _load_backbone(network: nn.Module, source: str) -> None:

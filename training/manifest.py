@@ -40,10 +40,12 @@ def read_manifest(manifest: str | Path, root: str | Path, classes: Sequence[str]
     Raises ManifestError naming the row for any other label, an unknown split, a repeated path, a file that is not there,
     or a group that is in more than one split.
     """
-    labels = {name.lower(): number for number, name in enumerate(classes)}
-    if len(classes) == 2:
-        labels |= _YES_AND_NO
-    with open(manifest, newline="", encoding="utf-8") as file:
+    named = {name.lower(): number for number, name in enumerate(classes)}
+    # A class that is itself called "no" keeps its own number.
+    labels = (_YES_AND_NO if len(classes) == 2 else {}) | named
+    files: set[Path] = set()
+    # A byte-order mark is what spreadsheets write.
+    with open(manifest, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         column = _label_column(manifest, columns)
@@ -58,9 +60,10 @@ def read_manifest(manifest: str | Path, root: str | Path, classes: Sequence[str]
                 raise ManifestError(f"{where}: {column} is {label!r}, expected one of {', '.join(labels)}")
             if split and split not in SPLITS:
                 raise ManifestError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
-            if not name or name in recordings:
-                raise ManifestError(f"{where}: file_path {name!r} is {'repeated' if name else 'empty'}")
             path = Path(root, name)
+            if not name or path.resolve() in files:
+                raise ManifestError(f"{where}: file_path {name!r} is {'repeated' if name else 'empty'}")
+            files.add(path.resolve())
             if not path.is_file():
                 raise ManifestError(f"{where}: there is no file {path}; is the root folder right?")
             recordings[name] = Recording(name, path, labels[label.lower()], split, group)

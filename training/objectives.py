@@ -58,7 +58,8 @@ class ClassObjective:
         if logits.shape[1] == 1:
             weights = self._weights[labels]
             return F.binary_cross_entropy_with_logits(logits[:, 0], labels.float(), weight=weights)
-        return F.cross_entropy(logits, labels, weight=self._weights)
+        # Not PyTorch's own mean, which divides by the weights: alone, every input would weigh the same.
+        return F.cross_entropy(logits, labels, weight=self._weights, reduction="none").mean()
 
 
 def objective_of(network: nn.Module, counts: torch.Tensor, segment_loss: float, frozen: bool) -> Objective:

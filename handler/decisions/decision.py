@@ -29,11 +29,8 @@ class Decision(ABC):
     """
 
     threshold: float
+    classes: tuple[str, ...]
     tuned: ClassVar[bool] = True
-
-    @property
-    @abstractmethod
-    def classes(self) -> tuple[str, ...]: ...
 
     @abstractmethod
     def scores(self, outputs: Mapping[str, torch.Tensor]) -> tuple[float, ...]:

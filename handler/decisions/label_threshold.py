@@ -26,6 +26,8 @@ class LabelThreshold(Decision):
 
     def __post_init__(self):
         self._check_threshold()
+        if not isinstance(self.labels, list | tuple):
+            raise ValueError(f"labels is {self.labels!r}, expected a list of two different names")
         # A list from a file; a tuple cannot be changed behind a frozen decision's back.
         object.__setattr__(self, "labels", tuple(self.labels))
         if len(set(self.labels)) != 2 or len(self.labels) != 2:

@@ -31,7 +31,7 @@ class SecondsVote(Decision):
     threshold: float
     min_positive_s: int
     positive_field: str
-    classes: tuple[str, ...] = ("other", "call")
+    classes: tuple[str, ...]
 
     def __post_init__(self):
         self._check_threshold()
@@ -39,8 +39,8 @@ class SecondsVote(Decision):
             raise ValueError(f"min_positive_s is {self.min_positive_s!r}, expected a whole number of at least 1")
         # YAML gives a list.
         object.__setattr__(self, "classes", tuple(self.classes))
-        if len(self.classes) != 2:
-            raise ValueError(f"classes is {list(self.classes)}, expected two names")
+        if len(self.classes) != 2 or len(set(self.classes)) != 2:
+            raise ValueError(f"classes is {list(self.classes)}, expected two different names")
 
     def scores(self, outputs: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
         """The `min_positive_s`-th highest confidence of a second, or 0."""
