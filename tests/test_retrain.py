@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.errors import UsageError
+import serving.retrain as module
+from serving.errors import LoadError, ServerError, UsageError
 from serving.retrain import STATUS, Status, check_version, merged, next_version, read_status
-from tests.conftest import run_script
+from tests.conftest import ROOT, run_script
+from training.fit import Config
 from training.manifest import ManifestError
 
 
@@ -113,3 +115,47 @@ def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...], message: str, t
     result = run_script("retrain", *arguments, "--state-dir", tmp_path, check=False)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("fault", ["register", "smoke"])
+def test_a_failed_retraining_leaves_nothing_that_would_be_served(tmp_path: Path, monkeypatch, fault: str):
+    """Training, evaluation and building stand aside here: what matters is what becomes of their archive."""
+    store, registered = tmp_path / "store", []
+    store.mkdir()
+
+    def build(*_):
+        (store / "talent-2.0.mar").write_bytes(b"archive")
+        return store / "talent-2.0.mar"
+
+    def register(archive, default):
+        registered.append({"name": "talent", "version": "2.0", "default": default})
+        if fault == "register":
+            registered.clear()
+            raise LoadError("the self-test failed")
+        return registered[-1]
+
+    row = SimpleNamespace(path="gRPC", passed=False, max_dp=1.0)
+    for name, stand_in in {
+        "merged": lambda *_: [],
+        "fit": lambda *_, **__: {},
+        "evaluate": lambda *_: {},
+        "build_archive": build,
+        "smoke_test": lambda *_: [row],
+    }.items():
+        monkeypatch.setattr(module, name, stand_in)
+    server = SimpleNamespace(
+        model_store=store,
+        register=register,
+        models=lambda: registered,
+        unregister=lambda name, version: registered.remove({"name": name, "version": version, "default": False}),
+    )
+    archive = ROOT / "archive" / "talent"
+    with pytest.raises(ServerError):
+        module.retrain(archive, [], Config(), "2.0", tmp_path / "run", server, tmp_path / "cache")
+    assert (list(store.iterdir()), registered) == ([], [])
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.step) == (
+        "failed",
+        {"register": "registering", "smoke": "proving what is served"}[fault],
+    )
+    assert {"register": "self-test failed", "smoke": "smoke test failed for gRPC"}[fault] in status.message
