@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import soundfile
+import torch
 import yaml
 from PIL import Image
 
@@ -21,6 +22,7 @@ from serving.errors import BuildError
 from serving.server import Server
 from serving.smoke import smoke_test
 from tests.conftest import OTHERS, ROOT, Demonstration
+from tests.test_build import edited_checkpoint
 from training.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -178,11 +180,11 @@ def test_an_archive_without_the_scaler_does_not_build(others: dict[str, Demonstr
 
 def test_a_head_that_was_never_trained_does_not_build(others: dict[str, Demonstration], tmp_path):
     """ImageNet-like weights under a random head: what a service ran when its trained file would not load."""
-    made = others["portrait"]
-    checkpoint = load_checkpoint(made.checkpoint)
-    weights = dict(checkpoint["model_state_dict"])
-    (head,) = [key.removesuffix(".bias") for key, w in weights.items() if key.endswith(".bias") and w.shape == (3,)]
-    weights[f"{head}.bias"] = 0 * weights[f"{head}.bias"]
-    save_checkpoint(tmp_path / "random.pth", checkpoint | {"model_state_dict": weights})
-    with pytest.raises(BuildError, match=rf"layer '{head}' has a bias of exactly 0 throughout"):
-        build_archive(ROOT / "archive" / "portrait", tmp_path / "random.pth", made.evaluation, "2.0", tmp_path)
+
+    def forget(checkpoint: dict) -> None:
+        weights = checkpoint["model_state_dict"]
+        weights["predictions.bias"] = torch.zeros_like(weights["predictions.bias"])
+
+    checkpoint, evaluation = edited_checkpoint(others["portrait"], tmp_path, forget)
+    with pytest.raises(BuildError, match="layer 'predictions' has a bias of exactly 0 throughout"):
+        build_archive(ROOT / "archive" / "portrait", checkpoint, evaluation, "2.0", tmp_path / "out")
