@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import pytest
 from serving.retrain import Status, read_status
 from serving.server import Server
 from tests.conftest import ROOT, Demonstration
+from training.corpora.talent import MIN_COUNT, examples
 
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETUP, COUGH, TALENT, RETRAIN, DEFAULT, PICTURES, LOAD, PORTRAIT = BLOCK.findall(
@@ -86,10 +86,9 @@ def reader(
         (folder / name).write_bytes(payload)
     corpus = others["talent"].corpus
     (folder / "recordings").symlink_to(corpus)
-    with open(others["talent"].manifest, newline="", encoding="utf-8") as file:
-        trained = {row["label"]: row["file_path"] for row in csv.DictReader(file) if row["split"] == "train"}
+    unheard = {example.label: example.data for example in examples(MIN_COUNT, seed=7)}
     for name, label in (("good_singer1.wav", "good"), ("bad_singer1.wav", "poor")):
-        (folder / name).write_bytes((corpus / trained[label]).read_bytes())
+        (folder / name).write_bytes(unheard[label])
     # As whoever retrains has it from the last time.
     (folder / "runs").mkdir()
     (folder / "runs" / "cache").symlink_to(others["talent"].run.parent / "cache")
