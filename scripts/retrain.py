@@ -75,11 +75,11 @@ def start(arguments: argparse.Namespace) -> int:
     settings = read_recipe(arguments.recipe or arguments.archive / "recipe.yaml", "training")
     given = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
     config = config_of(settings | {k: v for k, v in given.items() if v is not None})
-    sources = [(path, path.parent) for path in arguments.manifest]
-    # Before anything runs in the background, where nobody looks at once.
-    merged(sources, build_decision(read_config(arguments.archive / "model-config.yaml")["decision"]).classes)
+    # Before anything is written, and before it runs in the background, where nobody looks at once.
+    classes = build_decision(read_config(arguments.archive / "model-config.yaml")["decision"]).classes
+    rows = merged([(path, path.parent) for path in arguments.manifest], classes)
     if arguments.action == "run":
-        result = retrain(arguments.archive, sources, config, version, out, server, arguments.cache)
+        result = retrain(arguments.archive, rows, config, version, out, server, arguments.cache)
         print(json.dumps(result, indent=2))
         return 0
     out.mkdir(parents=True, exist_ok=True)

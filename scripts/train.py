@@ -28,22 +28,22 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="what preprocessing gave (runs/cache)")
     parser.add_argument("--recipe", type=Path, help="a recipe.yaml whose part 'training' gives the settings below")
     settings = parser.add_argument_group("settings", "the recipe's, if any, else the default in brackets")
-    for name, kind, meaning in (
-        ("epochs", int, "at most"),
-        ("batch-size", int, "files per step"),
-        ("learning-rate", float, "the first epoch's"),
-        ("weight-decay", float, ""),
-        ("patience", int, "epochs without a better validation AUC"),
-        ("schedule", str, "of the learning rate: cosine or plateau"),
-        ("plateau-patience", int, "epochs without a lower validation loss before a plateau halves the rate"),
-        ("seed", int, ""),
-        ("segment-loss", float, "weight of a segment head's loss"),
-        ("copies", int, "augmented copies of every training recording"),
-        ("backbone-weights", str, "'imagenet', a ResNet-18 state-dict file, or nothing"),
-        ("trained", str, "all, or only the head"),
+    for name, meaning in (
+        ("epochs", "at most"),
+        ("batch-size", "files per step"),
+        ("learning-rate", "the first epoch's"),
+        ("weight-decay", ""),
+        ("patience", "epochs without a better validation AUC"),
+        ("schedule", "of the learning rate: cosine or plateau"),
+        ("plateau-patience", "epochs without a lower validation loss before a plateau halves the rate"),
+        ("seed", ""),
+        ("segment-loss", "weight of a segment head's loss"),
+        ("copies", "augmented copies of every training recording"),
+        ("backbone-weights", "'imagenet', a ResNet-18 state-dict file, or nothing"),
+        ("trained", "all, or only the head"),
     ):
         default = getattr(Config, name.replace("-", "_"))
-        settings.add_argument(f"--{name}", type=kind, help=f"{meaning} ({default})".strip())
+        settings.add_argument(f"--{name}", type=type(default), help=f"{meaning} ({default})".strip())
     settings.add_argument(
         "--no-augmentation",
         dest="augmentation",

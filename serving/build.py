@@ -147,11 +147,12 @@ def _prove(staged: Path) -> None:
             f"the references' probabilities span only {high - low:.4f} (from {low:.4f} to {high:.4f}, "
             f"expected at least {MIN_REFERENCE_SPREAD}): the network looks untrained; is this the trained checkpoint?"
         )
-    (references / "probes").mkdir()
-    for name, payload in probes(Pipeline.from_yaml(staged / "pipeline.yaml").reads).items():
-        (references / "probes" / name).write_bytes(payload)
     device = torch.device("cpu")
-    record(ModelService.unproven(staged, device), references)
+    unproven = ModelService.unproven(staged, device)
+    (references / "probes").mkdir()
+    for name, payload in probes(unproven.pipeline.reads).items():
+        (references / "probes" / name).write_bytes(payload)
+    record(unproven, references)
     try:
         service = ModelService.load(staged, device)
     except SelfTestError as error:

@@ -14,7 +14,6 @@ from typing import Any
 import psutil
 import torch
 
-from handler.decisions import build_decision
 from handler.definition import read_config
 from handler.pipeline import Pipeline
 from serving.build import VERSION, build_archive
@@ -124,14 +123,14 @@ def merged(sources: Sequence[tuple[Path, Path]], classes: Sequence[str]) -> list
 
 def retrain(
     archive: Path,
-    sources: Sequence[tuple[Path, Path]],
+    rows: list[Recording],
     config: Config,
     version: str,
     out: Path,
     server: Server,
     cache_dir: Path,
 ) -> dict[str, Any]:
-    """Train, evaluate, build, register without making it the default, and prove what is served; returns the result.
+    """Train on `rows`, evaluate, build, register without making it the default, and prove what is served; returns the result.
 
     `out` receives the run and status.json, which ends as "succeeded" or, with the reason, "failed"; what is raised then
     passes through.
@@ -139,9 +138,7 @@ def retrain(
     out.mkdir(parents=True, exist_ok=True)
     status = Status(version, os.getpid())
     try:
-        status.write(out, step="reading the manifests")
         definitions = read_config(archive / "model-config.yaml")
-        rows = merged(sources, build_decision(definitions["decision"]).classes)
 
         def trained(epoch: dict[str, float]) -> None:
             message = f"epoch {epoch['epoch']} of at most {config.epochs}: validation AUC {epoch['val_auc']:.3f}"

@@ -183,8 +183,10 @@ def test_a_head_that_was_never_trained_does_not_build(others: dict[str, Demonstr
 
     def forget(checkpoint: dict) -> None:
         weights = checkpoint["model_state_dict"]
-        weights["predictions.bias"] = torch.zeros_like(weights["predictions.bias"])
+        for layer in ("dense", "predictions"):  # as Keras draws them
+            torch.nn.init.xavier_uniform_(weights[f"{layer}.weight"])
+            torch.nn.init.zeros_(weights[f"{layer}.bias"])
 
     checkpoint, evaluation = edited_checkpoint(others["portrait"], tmp_path, forget)
-    with pytest.raises(BuildError, match="layer 'predictions' has a bias of exactly 0 throughout"):
+    with pytest.raises(BuildError, match="layer 'dense' has a bias of exactly 0 throughout"):
         build_archive(ROOT / "archive" / "portrait", checkpoint, evaluation, "2.0", tmp_path / "out")

@@ -136,7 +136,6 @@ def test_a_failed_retraining_leaves_nothing_that_would_be_served(tmp_path: Path,
 
     row = SimpleNamespace(path="gRPC", passed=False, max_dp=1.0)
     for name, stand_in in {
-        "merged": lambda *_: [],
         "fit": lambda *_, **__: {},
         "evaluate": lambda *_: {},
         "build_archive": build,

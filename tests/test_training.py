@@ -14,7 +14,6 @@ import torch
 import yaml
 from sklearn.metrics import f1_score
 
-from handler.decisions import Decision
 from handler.pipeline import Pipeline
 from tests.conftest import ROOT, Demonstration, run_script
 from training.augment import augment
@@ -340,7 +339,7 @@ def test_figures_of_three_classes():
     probabilities = np.array(
         [[0.8, 0.1, 0.1], [0.7, 0.2, 0.1], [0.1, 0.9, 0.0], [0.2, 0.6, 0.2], [0.1, 0.1, 0.8], [0.5, 0.1, 0.4]]
     )
-    found = measure_classes(labels, probabilities, ThreeWays(), 0.65)
+    found = measure_classes(labels, probabilities, ("first", "second", "third"), 0.65)
     assert found["accuracy"] == pytest.approx(5 / 6)
     assert found["confusion"] == [[2, 0, 0], [0, 2, 0], [1, 0, 1]]
     assert found["per_class"]["third"] == {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "support": 2.0}
@@ -349,19 +348,6 @@ def test_figures_of_three_classes():
     errors = [0.06, 0.14, 0.02, 0.24, 0.06, 0.62]
     assert found["brier"] == pytest.approx(np.mean(errors))
     assert found["auc"] == 1.0
-
-
-class ThreeWays(Decision):
-    classes = ("first", "second", "third")
-
-    def scores(self, outputs):
-        raise NotImplementedError
-
-    def __call__(self, outputs, facts, threshold):
-        raise NotImplementedError
-
-    def read(self, body):
-        raise NotImplementedError
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------

@@ -138,7 +138,11 @@ def evaluate(
     for read in (validation, predictions):
         require_every_class([p.recording for p in read], "what could be read", classes)
     threshold = best_threshold(*_arrays(validation)) if decision.tuned else decision.threshold
-    measure = measure_two_classes if len(classes) == 2 else measure_classes
+    labels, scores = _arrays(predictions)
+    if len(classes) == 2:
+        figures = measure_two_classes(labels, scores, threshold)
+    else:
+        figures = measure_classes(labels, scores, classes, threshold)
     metrics = {
         "split": split,
         "recordings": len(predictions),
@@ -146,7 +150,7 @@ def evaluate(
         "classes": list(classes),
         "threshold": threshold,
         "threshold_chosen_on": "val" if decision.tuned else "the definition",
-        **measure(*_arrays(predictions), decision, threshold),
+        **figures,
         "val_auc": checkpoint["val_auc"],
         "val_ap": checkpoint["val_ap"],
         "epoch": checkpoint["epoch"],
@@ -162,7 +166,7 @@ def evaluate(
     (out / "metrics.json").unlink(missing_ok=True)
     _write_predictions(out / "predictions.csv", classes, validation if split == "val" else validation + predictions)
     _write_references(out / "references", predictions, references)
-    draw_evaluation(out, *_arrays(predictions), metrics)
+    draw_evaluation(out, labels, scores, metrics)
     if checkpoint["history"]:  # an imported checkpoint has none
         draw_training(out / "training.png", checkpoint["history"], checkpoint["epoch"])
     # Last, so that a folder with metrics.json is complete.
@@ -170,9 +174,7 @@ def evaluate(
     return metrics
 
 
-def measure_two_classes(
-    labels: np.ndarray, probabilities: np.ndarray, decision: Decision, threshold: float
-) -> dict[str, Any]:
+def measure_two_classes(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
     """Figures of labels `(N,)` in {0, 1} and probabilities `(N,)`, at every threshold and at the chosen one."""
     fraction, mean = calibration_curve(labels, probabilities, n_bins=10)
     return {
@@ -187,13 +189,12 @@ def measure_two_classes(
 
 
 def measure_classes(
-    labels: np.ndarray, probabilities: np.ndarray, decision: Decision, threshold: float
+    labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], threshold: float
 ) -> dict[str, Any]:
     """Figures of labels `(N,)` and one probability per class `(N, C)`: AUC and average precision are means over the
     classes, each against the rest; the Brier score is Brier's own, a sum over the classes."""
-    classes = decision.classes
     one_hot = np.eye(len(classes))[labels]
-    chosen = np.array([decision.choose(tuple(p), threshold) for p in probabilities])
+    chosen = np.array([Decision.choose(tuple(p), threshold) for p in probabilities])
     correct, confidence = chosen == labels, probabilities.max(axis=1)
     fraction, mean = calibration_curve(correct, confidence, n_bins=10)
     per_class = precision_recall_fscore_support(labels, chosen, labels=range(len(classes)), zero_division=0.0)

@@ -265,7 +265,7 @@ class _Inputs:
 
     def __init__(self, network: nn.Module, cache: StageCache, config: Config, device: torch.device):
         self._network, self._cache, self._device = network, cache, device
-        self._augmentation, self._batch_size = config.augmentation, config.batch_size
+        self._augmentation = config.augmentation
         self._features: dict[Path, torch.Tensor] = {}
         self._small: dict[Path, torch.Tensor] = {}
 
