@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
-from handler.pipeline import Pipeline
-from parity.skew import Comparator, summarize
-from training.checkpoint import load_checkpoint
-from training.evaluate import service_of
-from training.manifest import SPLITS, read_manifest, select
+from skewless.core.pipeline import Pipeline
+from skewless.skew.skew import Comparator, summarize
+from skewless.training.checkpoint import load_checkpoint
+from skewless.evaluation.evaluate import service_of
+from skewless.training.manifest import SPLITS, read_manifest, select
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         parser.error(f"{args.archive} has no variants/*.yaml")
     try:
         service = service_of(load_checkpoint(args.checkpoint), torch.device("cpu"))
-        classes = service.decision.classes
+        classes = service.postprocessor.classes
         rows = select(read_manifest(args.manifest, args.root or args.manifest.parent, classes), args.split, classes)
     except (ValueError, OSError) as error:
         parser.exit(2, f"archive_variants.py: {error}\n")
@@ -45,8 +45,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     shown = None
     for path in variants:
-        candidate = Pipeline.from_yaml(path).completed_by(service.pipeline)
-        comparator = Comparator(service.pipeline, candidate, service.runtime, service.decision, **service.input_limits)
+        candidate = Pipeline.from_yaml(path).with_fitted_stages_of(service.pipeline)
+        comparator = Comparator(service.pipeline, candidate, service.runtime, service.postprocessor, **service.input_limits)
         measured = [
             comparator.measure(r.file_path, r.path.read_bytes(), r.label)
             for r in tqdm(rows, desc=path.stem, unit="file", leave=False)

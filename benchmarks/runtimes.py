@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import trange
 
-from handler.precision import choose_device
-from handler.service import ModelService
+from skewless.core.numerics import choose_device
+from skewless.core.service import ModelService
 
 SEGMENTS = 32
 
@@ -59,7 +59,7 @@ def main() -> None:
     segments = torch.cat(inputs)
     segments = segments.repeat(-(-SEGMENTS // len(segments)), 1, 1, 1)[:SEGMENTS]
 
-    probabilities = [[first.decision.scores(o) for o in service.runtime(inputs)] for service, _ in loaded]
+    probabilities = [[first.postprocessor.scores(o) for o in service.runtime(inputs)] for service, _ in loaded]
     seconds: list[list[float]] = [[] for _ in loaded]
     # Round 0 warms up.
     for number in trange(args.rounds + 1, desc="rounds"):

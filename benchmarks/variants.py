@@ -21,11 +21,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-import parity.pydub_decode  # noqa: F401  (registers the stage that one variant decodes with)
-from handler.pipeline import Pipeline
-from training.checkpoint import load_checkpoint
-from training.evaluate import service_of
-from training.manifest import read_manifest, select
+from skewless.core.pipeline import Pipeline
+from skewless.training.checkpoint import load_checkpoint
+from skewless.evaluation.evaluate import service_of
+from skewless.training.manifest import read_manifest, select
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -93,7 +92,7 @@ def main() -> None:
             audio = recorded(row.path.read_bytes(), condition, seed)
             inputs = [service.pipeline(audio), *(pipeline(audio) for pipeline in pipelines.values())]
             for variant, output in zip(scores, service.runtime(inputs), strict=True):
-                scores[variant].append(service.decision.scores(output)[0])
+                scores[variant].append(service.postprocessor.scores(output)[0])
         reference = np.array(scores.pop("training"))
         before = {"condition": name, "auc_training": float(roc_auc_score(labels, reference))}
         for variant, values in scores.items():

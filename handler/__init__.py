@@ -1,1 +1,1 @@
-"""What ships inside every archive: the pipeline, the network, the decision, and TorchServe's entry point."""
+"""TorchServe's custom handler: the only files that know how TorchServe calls one."""

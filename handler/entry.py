@@ -1,50 +1,63 @@
-"""TorchServe's entry point, and the only file that knows TorchServe: its calling convention, headers and statuses."""
+"""The entry point that TorchServe loads from an archive."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Workers inherit the server's Python path. The archive's own code must win over any other `handler` on it.
+# Workers inherit the server's Python path. The archive's own code must win over any other of the same name on it.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from handler.precision import choose_device
-from handler.request import BatchRequest, Limits, Request, RequestError, parse_request
-from handler.service import ModelService, Response
-
-_service: ModelService | None = None
+from handler.forms import is_describe, request_of
+from skewless.core import load_error
 
 
-def handle(data: list[dict[str, Any]] | None, context: Any) -> list[bytes] | None:
-    """Called once with `data` None when the worker starts, then with one dict of form fields per request in a batch."""
-    global _service
-    if data is None:
-        properties = context.system_properties
-        _service = ModelService.load(properties["model_dir"], choose_device(properties.get("gpu_id")))
-        return None
-    headers = [context.get_all_request_header(i) for i in range(len(data))]
-    # `GET /models/NAME?customized=true` arrives as a request of its own with this header.
-    responses = {i: Response(200, _service.describe()) for i, h in enumerate(headers) if _is_describe(data[i], h)}
-    asked = [i for i in range(len(data)) if i not in responses]
-    requests = [_parse(data[i], headers[i], _service.limits) for i in asked]
-    responses |= zip(asked, _service.predict(requests), strict=True)
-    for i, response in responses.items():
-        context.set_response_content_type(i, "application/json")
-        context.set_response_status(response.status, "" if response.status == 200 else "Refused", i)
-    return [json.dumps(responses[i].body, allow_nan=False).encode() for i in range(len(data))]
+class SkewlessHandler:
+    """TorchServe's five verbs over a ModelService: `initialize` once, then for every batch `preprocess`, `inference` and
+    `postprocess`, with `describe` for `GET /models/NAME?customized=true`."""
 
+    def initialize(self, context: Any) -> None:
+        """Load the archive and replay its references; what goes wrong is written down for whoever registers it."""
+        with load_error.written_down(context.manifest["model"]):
+            from skewless.core.numerics import choose_device
+            from skewless.core.service import ModelService
 
-def _is_describe(fields: dict[str, Any], headers: dict[str, Any]) -> bool:
-    # A prediction always has a field, if only an empty body: its caller cannot turn it into this by a header.
-    return headers.get("describe") == "True" and not fields
+            properties = context.system_properties
+            load_error.check_own_code(properties["model_dir"])
+            self.service = ModelService.load(properties["model_dir"], choose_device(properties.get("gpu_id")))
 
+    def preprocess(self, requests: Sequence[Any]) -> list[Any]:
+        """Files to network inputs, or to what is wrong with each."""
+        return self.service.prepare(requests)
 
-def _parse(fields: dict[str, Any], headers: dict[str, Any], limits: Limits) -> Request | BatchRequest | RequestError:
-    # Beside the headers proper, TorchServe puts a dict for every form field into the same mapping.
-    texts = {name: value for name, value in headers.items() if isinstance(value, str)}
-    try:
-        return parse_request(fields, texts, limits)
-    except RequestError as error:
-        return error
+    def inference(self, prepared: Sequence[Any]) -> list[Any]:
+        """Network inputs to outputs by name."""
+        return self.service.infer(prepared)
+
+    def postprocess(self, inferred: Sequence[Any]) -> list[Any]:
+        """Outputs to a status and a JSON body for each file."""
+        return self.service.answer(inferred)
+
+    def describe(self) -> dict[str, Any]:
+        """The versioned metrics, the pipeline and the numeric policy in force."""
+        return self.service.describe()
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        """One batch: a dict of form fields per request in, one JSON body per request out, each with its own status."""
+        from skewless.core.service import Response, answer_in_groups
+
+        headers = [context.get_all_request_header(number) for number in range(len(data))]
+        responses = {
+            number: Response(200, self.describe()) for number, h in enumerate(headers) if is_describe(data[number], h)
+        }
+        asked = [number for number in range(len(data)) if number not in responses]
+        requests = [request_of(data[number], headers[number], self.service.limits) for number in asked]
+        answers = answer_in_groups(requests, lambda group: self.postprocess(self.inference(self.preprocess(group))))
+        responses |= zip(asked, answers, strict=True)
+        for number, response in responses.items():
+            context.set_response_content_type(number, "application/json")
+            context.set_response_status(response.status, "" if response.status == 200 else "Refused", number)
+        return [json.dumps(responses[number].body, allow_nan=False).encode() for number in range(len(data))]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from handler.decisions import build_decision
-from handler.definition import read_config
-from handler.precision import TIERS
-from handler.runtimes import RUNTIMES
-from serving.build import build_archive
-from serving.execution import Execution
-from training.manifest import SPLITS, Recording, read_manifest
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.config import read_config
+from skewless.core.numerics import TIERS
+from skewless.core.runtimes import RUNTIMES
+from skewless.packaging.build import build_archive
+from skewless.packaging.execution import Execution
+from skewless.training.manifest import SPLITS, Recording, read_manifest
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
 def _recordings(manifest: Path | None, root: Path | None, archive: Path) -> list[Recording]:
     if manifest is None:
         return []
-    classes = build_decision(read_config(archive / "model-config.yaml")["decision"]).classes
+    classes = build_postprocessor(read_config(archive / "model-config.yaml")["postprocess"]).classes
     return read_manifest(manifest, root or manifest.parent, classes)
 
 

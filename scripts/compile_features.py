@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from handler.stages import REGISTRY, Signal
+from skewless.core.stages import STAGES, Signal
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
         ("remove_silence", {"top_db": 20.0, "frame_length": 2048, "hop_length": 512}),
         ("voice_features", {"n_mfcc": 13, "n_fft": 2048, "hop_length": 512, "tempo": "beat_track"}),
     ):
-        signal = REGISTRY[name].from_params(params)(signal)
+        signal = STAGES[name].from_params(params)(signal)
     print(f"{signal.data.numel()} features of noise: compiled")
 
 

@@ -9,10 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from handler.decisions import build_decision
-from training.checkpoint import load_checkpoint
-from training.evaluate import evaluate
-from training.manifest import SPLITS, read_manifest
+from skewless.core.postprocess import build_postprocessor
+from skewless.training.checkpoint import load_checkpoint
+from skewless.evaluation.evaluate import evaluate
+from skewless.training.manifest import SPLITS, read_manifest
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
         parser.error(f"--references is {args.references}, expected at least 2")
     try:
         checkpoint = load_checkpoint(args.checkpoint)
-        classes = build_decision(checkpoint["decision"]).classes
+        classes = build_postprocessor(checkpoint["postprocess"]).classes
         metrics = evaluate(
             checkpoint,
             args.checkpoint,

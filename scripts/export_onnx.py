@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from handler.pipeline import Pipeline
-from serving.export import export_onnx, export_segment_model
-from training.checkpoint import load_checkpoint, network_of
+from skewless.core.pipeline import Pipeline
+from skewless.packaging.export import export_onnx, export_segment_model
+from skewless.training.checkpoint import load_checkpoint, network_of
 
 
 def main() -> None:

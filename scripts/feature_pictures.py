@@ -7,11 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from handler.decisions import build_decision
-from handler.definition import read_config
-from handler.pipeline import Pipeline
-from training.feature_pictures import write_pictures
-from training.manifest import SPLITS, read_manifest
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.config import read_config
+from skewless.core.pipeline import Pipeline
+from skewless.evaluation.feature_pictures import write_pictures
+from skewless.training.manifest import SPLITS, read_manifest
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        classes = build_decision(read_config(args.archive / "model-config.yaml")["decision"]).classes
+        classes = build_postprocessor(read_config(args.archive / "model-config.yaml")["postprocess"]).classes
         recordings = read_manifest(args.manifest, args.root or args.manifest.parent, classes)
         table = write_pictures(
             [r for r in recordings if args.split in (r.split, "all")],

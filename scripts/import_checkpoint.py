@@ -14,12 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import parity.pydub_decode  # noqa: F401  (registers decode_pydub, which a variant names)
-from handler.decisions import build_decision
-from handler.definition import read_config
-from handler.pipeline import Pipeline
-from training import fastai, legacy
-from training.manifest import read_manifest, select
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.config import read_config
+from skewless.core.pipeline import Pipeline
+from skewless.importers import fastai, pytorch as legacy
+from skewless.training.manifest import read_manifest, select
 
 
 def pipelines_of(args: argparse.Namespace) -> list[Path]:
@@ -55,7 +54,7 @@ def table(trials: list[legacy.Trial]) -> str:
 
 def compare(args: argparse.Namespace, checkpoint: dict, chosen: Pipeline, val_auc: float | None) -> None:
     """Print the table and the verdict."""
-    classes = build_decision(checkpoint["decision"]).classes
+    classes = build_postprocessor(checkpoint["postprocess"]).classes
     rows = select(read_manifest(args.manifest, args.root or args.manifest.parent, classes), args.split, classes)
     recorded = legacy.read_predictions(args.predictions) if args.predictions else {}
     known = sum(r.file_path in recorded for r in rows)

@@ -13,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from handler.decisions import build_decision
-from handler.definition import read_config
-from handler.networks import build_network
-from handler.networks.keras_resnet50 import KerasResNet50
-from handler.pipeline import Pipeline
-from training import legacy
-from training.keras_file import KerasFile, check_trained, read_keras
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.config import read_config
+from skewless.core.networks import build_network
+from skewless.core.networks.keras_resnet50 import KerasResNet50
+from skewless.core.pipeline import Pipeline
+from skewless.importers import pytorch as legacy
+from skewless.importers.keras_file import KerasFile, check_trained, read_keras
 
 
 def check_pipeline(pipeline: Pipeline, model: KerasFile) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     network = build_network(definitions["network"])
     if not isinstance(network, KerasResNet50):
         raise ValueError(f"{args.archive} has the network {definitions['network']}, expected keras_resnet50")
-    classes = build_decision(definitions["decision"]).classes
+    classes = build_postprocessor(definitions["postprocess"]).classes
     if len(classes) != network.predictions.out_features:
         raise ValueError(f"{args.archive}: {len(classes)} classes for {network.predictions.out_features} outputs")
     model = read_keras(args.model, network, args.replaced)

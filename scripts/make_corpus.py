@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.corpora import KINDS, write_corpus
-from training.recipe import read_recipe
+from skewless.demos import KINDS, write_corpus
+from skewless.training.recipe import read_recipe
 
 
 def main() -> None:

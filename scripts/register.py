@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from serving.errors import LoadError, ServerError, UsageError
-from serving.server import Server
+from skewless.errors import LoadError, ServerError, UsageError
+from skewless.torchserve.server import Server
 
 
 def main() -> int:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from serving.client import Client
-from serving.errors import ServerError, UsageError
-from serving.server import Server
+from skewless.torchserve.client import Client
+from skewless.errors import ServerError, UsageError
+from skewless.torchserve.server import Server
 
 
 def main() -> int:

@@ -22,13 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from handler.decisions import build_decision
-from handler.definition import read_config
-from serving.errors import ServerError, UsageError
-from serving.retrain import STATUS, check_version, merged, next_version, read_status, retrain
-from serving.server import Server
-from training.fit import config_of
-from training.recipe import read_recipe
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.config import read_config
+from skewless.errors import ServerError, UsageError
+from skewless.torchserve.retrain import STATUS, check_version, merged, next_version, read_status, retrain
+from skewless.torchserve.server import Server
+from skewless.training.fit import config_of
+from skewless.training.recipe import read_recipe
 
 
 def main() -> int:
@@ -76,7 +76,7 @@ def start(arguments: argparse.Namespace) -> int:
     given = {"epochs": arguments.epochs, "batch_size": arguments.batch_size}
     config = config_of(settings | {k: v for k, v in given.items() if v is not None})
     # Before anything is written, and before it runs in the background, where nobody looks at once.
-    classes = build_decision(read_config(arguments.archive / "model-config.yaml")["decision"]).classes
+    classes = build_postprocessor(read_config(arguments.archive / "model-config.yaml")["postprocess"]).classes
     rows = merged([(path, path.parent) for path in arguments.manifest], classes)
     if arguments.action == "run":
         result = retrain(arguments.archive, rows, config, version, out, server, arguments.cache)

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from handler.pipeline import Pipeline
-from handler.references import library_versions
-from handler.stages import InputError
-from parity.page import write_html
-from parity.pictures import Example
-from parity.report import as_text, worst, write_json
-from parity.skew import Comparator, summarize
-from training.checkpoint import file_digest, load_checkpoint
-from training.evaluate import service_of
-from training.manifest import SPLITS, read_manifest
+from skewless.core.pipeline import Pipeline
+from skewless.core.selftest import library_versions
+from skewless.core.stages import InputError
+from skewless.skew.page import write_html
+from skewless.skew.pictures import Example
+from skewless.skew.report import as_text, worst, write_json
+from skewless.skew.skew import Comparator, summarize
+from skewless.training.checkpoint import file_digest, load_checkpoint
+from skewless.evaluation.evaluate import service_of
+from skewless.training.manifest import SPLITS, read_manifest
 
 
 def recordings_of(args: argparse.Namespace, classes: Sequence[str]) -> list[tuple[str, Path, int | None]]:
@@ -52,12 +52,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything, write the report's files, and return the report."""
     checkpoint = load_checkpoint(args.checkpoint)
     service = service_of(checkpoint, torch.device(args.device))
-    recordings = recordings_of(args, service.decision.classes)
+    recordings = recordings_of(args, service.postprocessor.classes)
     reference, candidate = (
-        Pipeline.from_yaml(path).completed_by(service.pipeline) for path in (args.reference, args.candidate)
+        Pipeline.from_yaml(path).with_fitted_stages_of(service.pipeline) for path in (args.reference, args.candidate)
     )
     threshold = service.threshold if args.threshold is None else args.threshold
-    comparator = Comparator(reference, candidate, service.runtime, service.decision, **service.input_limits)
+    comparator = Comparator(reference, candidate, service.runtime, service.postprocessor, **service.input_limits)
     measurements, unreadable = [], []
     for name, path, label in tqdm(recordings, desc="comparing", unit="clip"):
         try:
@@ -83,7 +83,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "precision": service.policy.report(service.runtime.device),
         "library_versions": library_versions(),
         "unreadable": unreadable,
-        **summarize(comparator.alignment, measurements, threshold, service.decision.classes),
+        **summarize(comparator.alignment, measurements, threshold, service.postprocessor.classes),
     }
     paths = {name: path for name, path, _ in recordings}
     examples = [

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from serving.errors import ServerError, UsageError
-from serving.server import Server
-from serving.smoke import as_table, smoke_test
+from skewless.errors import ServerError, UsageError
+from skewless.torchserve.server import Server
+from skewless.torchserve.smoke import as_table, smoke_test
 
 
 def main() -> int:

@@ -9,12 +9,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from handler.decisions import build_decision
-from handler.definition import read_config
-from handler.pipeline import Pipeline
-from training.fit import Config, config_of, describe_run, fit
-from training.manifest import read_manifest
-from training.recipe import read_recipe
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.config import read_config
+from skewless.core.pipeline import Pipeline
+from skewless.training.fit import Config, config_of, describe_run, fit
+from skewless.training.manifest import read_manifest
+from skewless.training.recipe import read_recipe
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         definitions = read_config(args.archive / "model-config.yaml")
-        classes = build_decision(definitions["decision"]).classes
+        classes = build_postprocessor(definitions["postprocess"]).classes
         chosen = read_recipe(args.recipe, "training") if args.recipe else {}
         chosen |= {k: v for k in Config.__dataclass_fields__ if (v := getattr(args, k)) is not None}
         checkpoint = fit(

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.client import Client
-from serving.server import Server
+from skewless.torchserve.client import Client
+from skewless.torchserve.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 

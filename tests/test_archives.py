@@ -14,16 +14,16 @@ import torch
 import yaml
 from PIL import Image
 
-from handler.decisions import Decision, build_decision
-from handler.pipeline import Pipeline
-from serving.build import build_archive
-from serving.client import Client
-from serving.errors import BuildError
-from serving.server import Server
-from serving.smoke import smoke_test
+from skewless.core.postprocess import Postprocessor, build_postprocessor
+from skewless.core.pipeline import Pipeline
+from skewless.packaging.build import build_archive
+from skewless.torchserve.client import Client
+from skewless.errors import BuildError
+from skewless.torchserve.server import Server
+from skewless.torchserve.smoke import smoke_test
 from tests.conftest import OTHERS, ROOT, Demonstration
 from tests.test_build import edited_checkpoint
-from training.checkpoint import load_checkpoint, save_checkpoint
+from skewless.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def reference(made: Demonstration, number: int = -1) -> tuple[bytes, dict]:
@@ -150,8 +150,8 @@ def test_a_bad_file_leaves_its_neighbours_alone(client: Client, others: dict[str
             assert decision.read(body["results"][good])[0] == pytest.approx(wanted["scores"], abs=1e-6)
 
 
-def load_decision(made: Demonstration) -> Decision:
-    return build_decision(load_checkpoint(made.checkpoint)["decision"])
+def load_decision(made: Demonstration) -> Postprocessor:
+    return build_postprocessor(load_checkpoint(made.checkpoint)["postprocess"])
 
 
 # --- what may not be forgotten ----------------------------------------------------------------------------------------

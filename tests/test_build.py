@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 
-from serving.build import BuildError, build_archive
+from skewless.packaging.build import BuildError, build_archive
 from tests.conftest import ROOT, Demonstration, run_script
-from training.checkpoint import CheckpointError, file_digest, load_checkpoint
+from skewless.training.checkpoint import CheckpointError, file_digest, load_checkpoint
 
 COUGH = ROOT / "archive" / "cough"
 
@@ -46,8 +46,8 @@ def test_archive_carries_everything_the_number_depends_on(demonstration: Demonst
 
 _STANDALONE = """
 import json, sys, torch
-from handler.service import ModelService
-from handler.request import Request
+from skewless.core.service import ModelService
+from skewless.core.request import Request
 assert not [m for m in sys.modules if m == "ts" or m.startswith("ts.")]
 service = ModelService.load(".", torch.device("cpu"))
 entries = json.load(open("references/references.json"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.launch import read_properties
+from skewless.torchserve.launch import read_properties
 from tests.conftest import ROOT
 
 

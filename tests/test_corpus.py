@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from training.corpora.cough import FORMATS, encode, split_speakers, synthesize, write_corpus
-from training.corpora.writer import CorpusError
+from skewless.demos.cough import FORMATS, encode, split_speakers, synthesize, write_corpus
+from skewless.demos.writer import CorpusError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "make_corpus.py"
 SETTINGS = {"clips": 24, "seed": 7, "min_seconds": 1.0, "max_seconds": 1.5}

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from scipy import signal
 from scipy.optimize import linear_sum_assignment
 
-from handler.pipeline import Pipeline
-from handler.stages import REGISTRY, InputError, Payload, Signal
-from handler.stages.decode import identify
+from skewless.core.pipeline import Pipeline
+from skewless.core.stages import STAGES, InputError, Payload, Signal
+from skewless.core.stages.decode import identify
 from tests import recordings
 from tests.oracles import cough as oracle
 from tests.recordings import one_thread  # noqa: F401
@@ -61,7 +61,7 @@ CONTAINERS = {
 
 
 def decode(data: bytes, **limits: float) -> Signal:
-    return REGISTRY["decode"]()(Signal(Payload(data, **limits)))
+    return STAGES["decode"]()(Signal(Payload(data, **limits)))
 
 
 def refusal(data: bytes) -> InputError:
@@ -153,7 +153,7 @@ def test_facts_are_the_whole_recordings():
             "duration_s": 0.5,
             "complete": head_s == math.inf,
         }
-        assert {name: out.facts[name] for name in stated} == stated
+        assert {name: out.metadata[name] for name in stated} == stated
 
 
 LOSSY = [
@@ -325,7 +325,7 @@ def with_video(tmp_path: Path, container: str, video_s: float, audio_at_s: float
 def test_the_sound_of_a_video_is_whole(tmp_path, container, video_s, audio_at_s):
     """A camera's picture may begin before and end after its sound: that does not make the sound truncated."""
     out = decode(with_video(tmp_path, container, video_s, audio_at_s))
-    assert out.facts["duration_s"] == pytest.approx(3.0, abs=0.05)
+    assert out.metadata["duration_s"] == pytest.approx(3.0, abs=0.05)
 
 
 @pytest.mark.parametrize("encoder", ["m4a", "webm", "mp3", "flac"])
@@ -444,14 +444,14 @@ def test_what_cannot_be_detected():
     recording, and no reader can tell."""
     sound = recordings.wav(recordings.tones(48000, 3.0), 48000)
     live = recordings.ffmpeg("-i", "-", *PIPED["live webm"], "-", data=sound)
-    assert 1.0 < decode(live[: len(live) // 2]).facts["duration_s"] < 2.0
+    assert 1.0 < decode(live[: len(live) // 2]).metadata["duration_s"] < 2.0
     adts = recordings.recording("aac", 48000, 1, 3.0)
     frame, frames = 0, []
     while frame < len(adts):
         frames.append(frame)
         frame += (adts[frame + 3] & 3) << 11 | adts[frame + 4] << 3 | adts[frame + 5] >> 5
     assert frame == len(adts)
-    assert decode(adts[: frames[50]]).facts["num_samples"] == 50 * 1024
+    assert decode(adts[: frames[50]]).metadata["num_samples"] == 50 * 1024
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -467,8 +467,8 @@ def test_samples_that_are_no_numbers_are_refused(value, position):
 @pytest.mark.parametrize("encoder", ["wav16", "flac", "mp3", "m4a", "webm"])
 def test_a_recording_over_the_limit_is_too_large(encoder):
     data = recordings.recording(encoder)
-    duration_s = decode(data).facts["duration_s"]
-    assert PIPELINE.run(data, max_duration_s=duration_s).facts["duration_s"] == duration_s
+    duration_s = decode(data).metadata["duration_s"]
+    assert PIPELINE.run(data, max_duration_s=duration_s).metadata["duration_s"] == duration_s
     with pytest.raises(InputError, match=r"longer than 1\.4 s") as caught:
         PIPELINE.run(data, max_duration_s=1.4)
     assert caught.value.kind == "too_large"
@@ -499,7 +499,7 @@ def test_ten_milliseconds_give_one_segment(encoder):
     out = PIPELINE.run(recordings.encode(recordings.tones(48000, 0.01), 48000, encoder))
     assert out.data.shape == (1, 3, 224, 224)
     assert torch.isfinite(out.data).all()
-    assert out.facts["duration_s"] < 0.07
+    assert out.metadata["duration_s"] < 0.07
 
 
 def test_one_sample_gives_one_segment():

@@ -20,8 +20,8 @@ import psutil
 import pytest
 import soundfile
 
-from serving.client import Answer, Client
-from serving.server import Server, bearer, session
+from skewless.torchserve.client import Answer, Client
+from skewless.torchserve.server import Server, bearer, session
 from tests.conftest import ROOT, Demonstration, run_script
 
 # Between a request alone and the same one in a batch: a convolution's last bits may change with the batch's size.
@@ -58,7 +58,7 @@ def test_smoke_test_passes_on_every_path(server: Server):
 
 
 def test_smoke_test_fails_on_another_number(server: Server, demonstration: Demonstration, tmp_path, monkeypatch):
-    from serving import smoke
+    from skewless.torchserve import smoke
 
     whole = smoke.References.from_archive(demonstration.archive)
     references = replace(whole, entries=whole.entries[:2], payloads=whole.payloads[:2])

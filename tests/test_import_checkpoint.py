@@ -18,17 +18,16 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-import parity.pydub_decode  # noqa: F401  (registers decode_pydub, which a variant names)
-from handler.networks import build_network
-from handler.pipeline import Pipeline
+from skewless.core.networks import build_network
+from skewless.core.pipeline import Pipeline
 from scripts import import_checkpoint
 from tests.conftest import ROOT, Demonstration, run_script
 from tests.recordings import one_thread, wav  # noqa: F401
-from training import legacy
-from training.checkpoint import CheckpointError, load_checkpoint, network_of
-from training.evaluate import predict, service_of
-from training.legacy import LegacyError, Trial, read_legacy
-from training.manifest import Recording, read_manifest
+from skewless.importers import pytorch as legacy
+from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
+from skewless.evaluation.evaluate import predict, service_of
+from skewless.importers.pytorch import LegacyError, Trial, read_legacy
+from skewless.training.manifest import Recording, read_manifest
 
 COUGH = ROOT / "archive" / "cough"
 NETWORK = yaml.safe_load((COUGH / "model-config.yaml").read_text())["network"]
@@ -474,7 +473,7 @@ def test_an_imported_checkpoint_is_evaluated_and_packaged(demonstration: Demonst
     assert "agrees with" in result.stdout
     original, checkpoint = load_checkpoint(demonstration.checkpoint), load_checkpoint(new)
     assert set(checkpoint) == {*original, "imported_from"}
-    for key in ("pipeline", "pipeline_fingerprint", "network", "decision", "epoch", "val_auc"):
+    for key in ("pipeline", "pipeline_fingerprint", "network", "postprocess", "epoch", "val_auc"):
         assert checkpoint[key] == original[key]
     assert checkpoint["imported_from"] == {
         "sha256": legacy.file_digest(stripped),

@@ -20,21 +20,21 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler.networks import build_network
-from handler.networks.keras_resnet50 import KerasResNet50
-from handler.pipeline import Pipeline
-from handler.runtimes import EagerRuntime
-from handler.stages import Signal
+from skewless.core.networks import build_network
+from skewless.core.networks.keras_resnet50 import KerasResNet50
+from skewless.core.pipeline import Pipeline
+from skewless.core.runtimes import EagerRuntime
+from skewless.core.stages import Signal
 from scripts import import_keras
 from tests.conftest import ROOT
 from tests.keras_on_torch import keras
 from tests.recordings import one_thread  # noqa: F401
 from tests.test_portrait import encoded, picture
-from training import keras_file
-from training.checkpoint import file_digest, load_checkpoint, network_of
-from training.keras_file import check_trained, read_keras
-from training.keras_graph import ONLY_IN_TRAINING, Graph, groups, read_graph
-from training.legacy import LegacyError
+from skewless.importers import keras_file
+from skewless.training.checkpoint import file_digest, load_checkpoint, network_of
+from skewless.importers.keras_file import check_trained, read_keras
+from skewless.importers.keras_graph import ONLY_IN_TRAINING, Graph, groups, read_graph
+from skewless.importers.pytorch import LegacyError
 
 ARCHIVE = ROOT / "archive" / "portrait"
 PIPELINE = Pipeline.from_yaml(ARCHIVE / "pipeline.yaml")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from handler.networks import build_network
-from handler.networks.attn_mil_resnet import AttnMILResNet
-from handler.runtimes import EagerRuntime
+from skewless.core.networks import build_network
+from skewless.core.networks.attn_mil_resnet import AttnMILResNet
+from skewless.core.runtimes import EagerRuntime
 from tests.oracles import cough as oracle
 from tests.recordings import one_thread  # noqa: F401
 

@@ -18,17 +18,17 @@ import torch
 import yaml
 from onnx import numpy_helper
 
-from handler.pipeline import Pipeline
-from handler.runtimes.eager import EagerRuntime
-from handler.runtimes.onnx import OnnxRuntime
-from serving import export
-from serving.build import build_archive
-from serving.errors import BuildError
-from serving.execution import Execution
-from serving.smoke import References
+from skewless.core.pipeline import Pipeline
+from skewless.core.runtimes.eager import EagerRuntime
+from skewless.core.runtimes.onnx import OnnxRuntime
+from skewless.packaging import export
+from skewless.packaging.build import build_archive
+from skewless.errors import BuildError
+from skewless.packaging.execution import Execution
+from skewless.torchserve.smoke import References
 from tests.conftest import ROOT, Demonstration, run_script
-from training.checkpoint import load_checkpoint, network_of
-from training.manifest import Recording, read_manifest
+from skewless.training.checkpoint import load_checkpoint, network_of
+from skewless.training.manifest import Recording, read_manifest
 
 CPU = torch.device("cpu")
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -192,8 +192,8 @@ def test_refuses_what_it_cannot_do(model: Path, monkeypatch: pytest.MonkeyPatch)
 
 _STANDALONE = """
 import json, sys, torch
-from handler.service import ModelService
-from handler.request import Request
+from skewless.core.service import ModelService
+from skewless.core.request import Request
 service = ModelService.load(".", torch.device("cpu"))
 entries = json.load(open("references/references.json"))
 answers = service.predict([Request(open("references/" + e["file"], "rb").read()) for e in entries])

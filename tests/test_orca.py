@@ -24,21 +24,21 @@ from numpy.typing import NDArray
 from torch import nn
 from torchvision.models import resnet18
 
-from handler.decisions import build_decision
-from handler.decisions.decision import Part
-from handler.decisions.seconds_vote import SecondsVote
-from handler.networks import build_network
-from handler.networks.resnet18_fastai import ResNet18Fastai
-from handler.pipeline import Pipeline
-from handler.runtimes import EagerRuntime
-from handler.stages import REGISTRY, InputError, PipelineError, Signal
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.postprocess.postprocessor import Part
+from skewless.core.postprocess.seconds_vote import SecondsVote
+from skewless.core.networks import build_network
+from skewless.core.networks.resnet18_fastai import ResNet18Fastai
+from skewless.core.pipeline import Pipeline
+from skewless.core.runtimes import EagerRuntime
+from skewless.core.stages import STAGES, InputError, PipelineError, Signal
 from tests import recordings
 from tests.oracles import orca as oracle
 from tests.recordings import one_thread  # noqa: F401
-from training.checkpoint import CheckpointError
-from training.corpora import orca as corpus
-from training.fastai import is_fastai, rename
-from training.legacy import LegacyError, network_from, read_legacy
+from skewless.training.checkpoint import CheckpointError
+from skewless.demos import orca as corpus
+from skewless.importers.fastai import is_fastai, rename
+from skewless.importers.pytorch import LegacyError, network_from, read_legacy
 
 # The filterbank is one for another rate: torchaudio warns of the filters that hear nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filterbank:UserWarning")
@@ -69,9 +69,9 @@ def expected(case: str) -> dict[str, NDArray]:
 
 
 def run(stage: str, data: NDArray, rate: int, /, **changes: object) -> Signal:
-    """One stage of the pipeline, with parameters changed, on data whose facts are those of a whole recording."""
-    facts = {"num_samples": data.shape[-1], "duration_s": data.shape[-1] / rate}
-    return replace(PIPELINE.stages[stage], **changes)(Signal(torch.from_numpy(data), rate, facts))
+    """One stage of the pipeline, with parameters changed, on data whose metadata are those of a whole recording."""
+    metadata = {"num_samples": data.shape[-1], "duration_s": data.shape[-1] / rate}
+    return replace(PIPELINE.stages[stage], **changes)(Signal(torch.from_numpy(data), rate, metadata))
 
 
 def alone(case: str, stage: str) -> tuple[NDArray, NDArray]:
@@ -177,11 +177,11 @@ def test_times_and_number_of_windows(case):
     rate, samples = CASES[case]
     out = PIPELINE.run(recordings.wav(samples.astype(np.float32), rate, "FLOAT"))
     windows = max(1, samples.shape[1] // rate - 1)
-    assert out.facts["segment_times_s"] == [(float(i), i + 2.0) for i in range(windows)]
+    assert out.metadata["segment_times_s"] == [(float(i), i + 2.0) for i in range(windows)]
     assert len(out.data) == windows
-    assert not out.facts["truncated"]
-    assert out.facts["num_samples"] == -(-samples.shape[1] * 20000 // rate)
-    assert out.facts["duration_s"] == samples.shape[1] / rate
+    assert not out.metadata["truncated"]
+    assert out.metadata["num_samples"] == -(-samples.shape[1] * 20000 // rate)
+    assert out.metadata["duration_s"] == samples.shape[1] / rate
 
 
 def test_the_windows_reach_as_far_as_the_longest_recording():
@@ -231,8 +231,8 @@ def test_the_cough_pipeline_is_the_same():
 
 
 def resampled(method: str, data: NDArray, source: int, target: int) -> Signal:
-    facts = {"num_samples": 3 * data.shape[1]}
-    return REGISTRY["resample"](rate=target, method=method)(Signal(torch.from_numpy(data), source, facts))
+    metadata = {"num_samples": 3 * data.shape[1]}
+    return STAGES["resample"](rate=target, method=method)(Signal(torch.from_numpy(data), source, metadata))
 
 
 RATES = [(44100, 20000), (48000, 22050), (8000, 22050), (11025, 20000), (16000, 16000), (44101, 20000), (96000, 22050)]
@@ -251,7 +251,7 @@ def test_resampling_methods_are_the_libraries_own(source, target, samples):
         np.testing.assert_array_equal(out.data.numpy(), want, strict=True)
         assert out.rate == target
         whole = np.zeros((1, 3 * samples), dtype=np.float32)
-        assert out.facts["num_samples"] == resampled(method, whole, source, target).data.shape[1]
+        assert out.metadata["num_samples"] == resampled(method, whole, source, target).data.shape[1]
 
 
 def test_soxrs_length_is_rounded_as_librosa_rounds_it():
@@ -260,14 +260,14 @@ def test_soxrs_length_is_rounded_as_librosa_rounds_it():
     out = resampled("soxr_hq", silence, 18900, 22050)
     assert out.data.shape[1] == librosa.resample(silence, orig_sr=18900, target_sr=22050, res_type="soxr_hq").shape[1]
     assert out.data.shape[1] == 64
-    assert out.facts["num_samples"] == 189
+    assert out.metadata["num_samples"] == 189
 
 
 @pytest.mark.parametrize("method", ["resample_poly", "soxr_hq"])
 @pytest.mark.parametrize("changes", [{"lowpass_filter_width": 64}, {"rolloff": 0.9}])
 def test_parameters_of_another_method_are_refused(method, changes):
     with pytest.raises(PipelineError, match=f"'resample'.*do nothing with method {method}.*leave them out"):
-        REGISTRY["resample"].from_params({"rate": 20000, "method": method, **changes})
+        STAGES["resample"].from_params({"rate": 20000, "method": method, **changes})
 
 
 def test_a_rate_that_needs_an_endless_filter_is_refused():
@@ -280,7 +280,7 @@ def test_a_rate_that_needs_an_endless_filter_is_refused():
 @pytest.mark.parametrize("seconds", [0.01, 0.1])
 def test_resample_poly_needs_no_more_than_it_says(source, target, seconds):
     """The head that it asks for gives the same first seconds, bit for bit; one by ten input samples shorter does not."""
-    stage = REGISTRY["resample"](rate=target, method="resample_poly")
+    stage = STAGES["resample"](rate=target, method="resample_poly")
     data = np.random.default_rng(1).uniform(-1, 1, (1, source // 2)).astype(np.float32)
     whole = resampled("resample_poly", data, source, target).data
 
@@ -295,7 +295,7 @@ def test_resample_poly_needs_no_more_than_it_says(source, target, seconds):
 
 
 def test_soxr_needs_everything_unless_there_is_nothing_to_do():
-    stage = REGISTRY["resample"](rate=22050, method="soxr_hq")
+    stage = STAGES["resample"](rate=22050, method="soxr_hq")
     assert stage.needs(2.0, 44100) == np.inf
     assert stage.needs(2.0, 22050) == 2.0
 
@@ -309,7 +309,7 @@ STREAMED = {
 @pytest.mark.parametrize("method", ["sinc_hann", "resample_poly", "soxr_hq"])
 @pytest.mark.parametrize("order", STREAMED)
 def test_streamed_equals_whole(order, method):
-    """With a cap on the windows only the head is kept: the same bits and facts as from the whole recording."""
+    """With a cap on the windows only the head is kept: the same bits and metadata as from the whole recording."""
     params = {
         "segment": {"duration_s": 2.0, "hop_s": 1.0, "max_segments": 2, "tail": "drop"},
         "resample": {"rate": 20000, "method": method},
@@ -320,10 +320,10 @@ def test_streamed_equals_whole(order, method):
     head, whole = pipeline.run(data), pipeline.run(data, whole=True)
     assert torch.equal(head.data, whole.data)
     assert head.data.shape == (2, 40000)
-    assert head.facts["complete"] == (order == "resampled as a whole" and method == "soxr_hq")
-    assert {**head.facts, "complete": True} == whole.facts
-    assert head.facts["num_samples"] == -(-round(7.3 * 44100) * 20000 // 44100)
-    assert head.facts["truncated"]
+    assert head.metadata["complete"] == (order == "resampled as a whole" and method == "soxr_hq")
+    assert {**head.metadata, "complete": True} == whole.metadata
+    assert head.metadata["num_samples"] == -(-round(7.3 * 44100) * 20000 // 44100)
+    assert head.metadata["truncated"]
 
 
 def test_clips_are_resampled_by_themselves():
@@ -363,12 +363,12 @@ def test_pad_frames(frames, value_db, relative_to):
 )
 def test_wrong_padding_is_refused(params, message):
     with pytest.raises(PipelineError, match=f"stage 'pad_frames'.*{message}"):
-        REGISTRY["pad_frames"].from_params(params)
+        STAGES["pad_frames"].from_params(params)
 
 
-# Decision
+# Postprocessor
 
-DECISION = build_decision(CONFIG["decision"])
+DECISION = build_postprocessor(CONFIG["postprocess"])
 
 
 def outputs(*windows: float) -> dict[str, torch.Tensor]:
@@ -377,7 +377,7 @@ def outputs(*windows: float) -> dict[str, torch.Tensor]:
     return {"class_probabilities": torch.stack([1 - calls, calls], dim=1)}
 
 
-def facts(windows: int, hop_s: float = 1.0, duration_s: float = 2.0) -> dict[str, Any]:
+def metadata(windows: int, hop_s: float = 1.0, duration_s: float = 2.0) -> dict[str, Any]:
     return {
         "segment_times_s": [(i * hop_s, i * hop_s + duration_s) for i in range(windows)],
         "duration_s": windows + 1.5,
@@ -398,11 +398,11 @@ def facts(windows: int, hop_s: float = 1.0, duration_s: float = 2.0) -> dict[str
     ],
 )
 def test_seconds_by_hand(windows, seconds, score):
-    parts = DECISION.parts(outputs(*windows), facts(len(windows)))
+    parts = DECISION.parts(outputs(*windows), metadata(len(windows)))
     assert parts == [Part(float(start), start + 1.0, value) for start, value in enumerate(seconds)]
     assert DECISION.scores(outputs(*windows)) == (score,)
     for threshold in (0.0, 0.25, 0.5, 0.625):
-        body = DECISION(outputs(*windows), facts(len(windows)), threshold)
+        body = DECISION(outputs(*windows), metadata(len(windows)), threshold)
         positive = [float(start) for start, value in enumerate(seconds) if value > threshold]
         assert body["positive_seconds"] == positive
         assert body["orcaDetected"] == (len(positive) >= 3)
@@ -411,7 +411,7 @@ def test_seconds_by_hand(windows, seconds, score):
 
 
 def test_the_response():
-    body = DECISION(outputs(0.75, 1.0), facts(2), 0.75)
+    body = DECISION(outputs(0.75, 1.0), metadata(2), 0.75)
     assert body == {
         "global_confidence": 0.75,
         "orcaDetected": False,
@@ -449,13 +449,13 @@ def test_score_exceeds_the_threshold_exactly_when_the_recording_is_positive(leas
 def test_other_windows_are_refused(times):
     for use in (DECISION.parts, lambda o, f: DECISION(o, f, 0.5)):
         with pytest.raises(ValueError, match=r"3 windows at .*takes windows of 2 s.*hop_s 1\.0"):
-            use(outputs(0.5, 0.5, 0.5), facts(3, **times))
+            use(outputs(0.5, 0.5, 0.5), metadata(3, **times))
 
 
 def test_the_pipelines_windows_are_taken():
     rate, samples = CASES["stereo 44.1 kHz"]
     out = PIPELINE.run(recordings.wav(samples, rate))
-    body = DECISION(outputs(0.5, 0.75, 1.0), out.facts, 0.5)
+    body = DECISION(outputs(0.5, 0.75, 1.0), out.metadata, 0.5)
     assert [second["start_s"] for second in body["seconds"]] == [0.0, 1.0, 2.0, 3.0]
     assert (body["analyzed_s"], body["duration_s"]) == (4.0, 4.3)
 
@@ -478,7 +478,7 @@ def test_the_archives_decision():
 )
 def test_wrong_decisions_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        build_decision({"seconds_vote": {**CONFIG["decision"]["seconds_vote"], **changes}})
+        build_postprocessor({"seconds_vote": {**CONFIG["postprocess"]["seconds_vote"], **changes}})
 
 
 # Network
@@ -563,7 +563,7 @@ def test_runtime_and_decision_take_the_network(network):
     answers = EagerRuntime(network, torch.device("cpu"))([IMAGES[:3], IMAGES[3:]])
     assert [len(answer["class_probabilities"]) for answer in answers] == [3, 2]
     for answer, windows in zip(answers, (3, 2), strict=True):
-        assert len(DECISION(answer, facts(windows), 0.5)["seconds"]) == windows + 1
+        assert len(DECISION(answer, metadata(windows), 0.5)["seconds"]) == windows + 1
 
 
 # Import
@@ -674,10 +674,10 @@ def test_the_pipeline_reads_the_corpus(examples):
         out = PIPELINE.run(example.data)
         assert torch.isfinite(out.data).all()
         if example.split == "train":
-            assert (len(out.data), out.facts["duration_s"]) == (1, 2.0)
+            assert (len(out.data), out.metadata["duration_s"]) == (1, 2.0)
         else:
-            assert 8.0 <= out.facts["duration_s"] <= 12.0
-            assert len(out.data) == int(out.facts["duration_s"]) - 1
+            assert 8.0 <= out.metadata["duration_s"] <= 12.0
+            assert len(out.data) == int(out.metadata["duration_s"]) - 1
 
 
 def test_container_rate_and_channels_tell_nothing(examples):

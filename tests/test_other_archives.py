@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from serving.client import Client
-from serving.server import Server
-from serving.smoke import smoke_test
+from skewless.torchserve.client import Client
+from skewless.torchserve.server import Server
+from skewless.torchserve.smoke import smoke_test
 from tests.conftest import Demonstration, run_script
-from training.checkpoint import load_checkpoint
+from skewless.training.checkpoint import load_checkpoint
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pytest
 import soundfile
 import torch
 
-from handler.pipeline import Difference, Pipeline
-from handler.stages import REGISTRY, PipelineError
+from skewless.core.pipeline import Difference, Pipeline
+from skewless.core.stages import STAGES, PipelineError
 from tests import recordings
 from tests.recordings import one_thread  # noqa: F401
 
@@ -47,7 +47,7 @@ CONTRACT: list[dict[str, dict[str, Any]]] = [
     {"decibel": {"top_db": 80.0, "amin": 1e-10, "max_over": "segment"}},
     {"scale": {"low": -80.0, "high": 0.0, "to": [-1.0, 1.0]}},
     {"letterbox": {"size": 224, "pad_value": -1.0}},
-    {"quantize": {"dtype": "float16"}},
+    {"cast": {"dtype": "float16"}},
     {"replicate": {"channels": 3}},
     {
         "standardize": {
@@ -73,7 +73,7 @@ stages:
   - decibel: {top_db: 80, amin: 1.0e-10}
   - scale: {low: -80.0, high: 0, to: [-1, 1.0]}
   - letterbox: {size: 224, pad_value: -1}
-  - quantize: {dtype: float16}
+  - cast: {dtype: float16}
   - replicate: {channels: 3}
   - standardize: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}
 """
@@ -114,7 +114,7 @@ CHANGES: dict[tuple[str, str], Any] = {
     ("standardize", "input_range"): [0.0, 1.0],
     ("standardize", "arithmetic"): "float16",
 }
-SINGLE_CHOICE = {("quantize", "dtype")}
+SINGLE_CHOICE = {("cast", "dtype")}
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,8 @@ WRONG = {
     "exponent without a point": ("- decibel: {top_db: 80, amin: 1e-10}", "stage 'decibel'.*amin is '1e-10'.*float"),
     "number for a list": ("- scale: {low: -80, high: 0, to: 1}", "stage 'scale'.*to is 1.*list"),
     "text in a list": ("- scale: {low: -80, high: 0, to: [0, one]}", "stage 'scale'.*to is 'one'.*float"),
-    "unknown choice": ("- quantize: {dtype: int8}", "stage 'quantize'.*dtype is 'int8'.*float16"),
-    "list for a choice": ("- quantize: {dtype: [float16]}", "stage 'quantize'.*dtype"),
+    "unknown choice": ("- cast: {dtype: int8}", "stage 'cast'.*dtype is 'int8'.*float16"),
+    "list for a choice": ("- cast: {dtype: [float16]}", "stage 'cast'.*dtype"),
     "zero rate": ("- resample: {rate: 0}", "stage 'resample'.*rate is 0"),
     "rolloff above 1": ("- resample: {rate: 16000, rolloff: 1.01}", "stage 'resample'.*rolloff is 1.01"),
     "no zero crossing": ("- resample: {rate: 8, lowpass_filter_width: 0}", "'resample'.*lowpass_filter_width is 0"),
@@ -263,7 +263,7 @@ def test_trace_has_every_stage_in_order_with_its_shape_and_type(pipeline):
         ("decibel", (7, 160, 201), torch.float32),
         ("scale", (7, 160, 201), torch.float32),
         ("letterbox", (7, 224, 224), torch.float32),
-        ("quantize", (7, 224, 224), torch.float16),
+        ("cast", (7, 224, 224), torch.float16),
         ("replicate", (7, 3, 224, 224), torch.float16),
         ("standardize", (7, 3, 224, 224), torch.float32),
     ]
@@ -394,9 +394,9 @@ def test_a_replaced_stage_is_shown_on_both_sides():
 
 def test_a_missing_stage_does_not_hide_a_changed_parameter(pipeline):
     definition = contract_with("standardize", arithmetic="float16")
-    definition["stages"] = [item for item in definition["stages"] if "quantize" not in item]
+    definition["stages"] = [item for item in definition["stages"] if "cast" not in item]
     assert texts(pipeline, Pipeline.from_dict(definition)) == [
-        "quantize: missing there",
+        "cast: missing there",
         "standardize.arithmetic: 'float32' here, 'float16' there",
     ]
 
@@ -424,8 +424,8 @@ def test_a_split_pipeline_resumes_to_the_same(pipeline, before):
     *_, (last, signal) = second.resume(first.run(data))
     assert last == "standardize"
     assert torch.equal(signal.data, whole.data)
-    assert {k: v for k, v in signal.facts.items() if k != "complete"} == {
-        k: v for k, v in whole.facts.items() if k != "complete"
+    assert {k: v for k, v in signal.metadata.items() if k != "complete"} == {
+        k: v for k, v in whole.metadata.items() if k != "complete"
     }
 
 
@@ -437,7 +437,7 @@ def test_a_split_pipeline_resumes_a_long_recording_to_the_same(pipeline):
         first, second = pipeline.split(before)
         *_, (_, signal) = second.resume(first.run(data))
         assert torch.equal(signal.data, whole.data)
-        assert signal.facts["truncated"]
+        assert signal.metadata["truncated"]
 
 
 @pytest.mark.parametrize("before", ["decode", "reverb", ""])
@@ -457,12 +457,12 @@ def loud_ending(rate: int, samples: int, channels: int) -> bytes:
 
 
 def same_streamed_and_plain(pipeline: Pipeline, data: bytes) -> dict[str, Any]:
-    """Asserts the same bits and facts by both paths; returns the streamed path's facts."""
+    """Asserts the same bits and metadata by both paths; returns the streamed path's metadata."""
     streamed, plain = pipeline.run(data), pipeline.run(data, whole=True)
-    assert plain.facts["complete"]
+    assert plain.metadata["complete"]
     assert torch.equal(streamed.data, plain.data)
-    assert {**streamed.facts, "complete": None} == {**plain.facts, "complete": None}
-    return dict(streamed.facts)
+    assert {**streamed.metadata, "complete": None} == {**plain.metadata, "complete": None}
+    return dict(streamed.metadata)
 
 
 AROUND = {
@@ -484,22 +484,22 @@ def test_streamed_equals_plain(pipeline, rate, duration):
     seconds, extra = AROUND[duration]
     samples = round(seconds * rate) + extra
     data = loud_ending(rate, samples, channels=2 if rate in (22050, 44100) else 1)
-    facts = same_streamed_and_plain(pipeline.split("mel")[0], data)
-    assert facts["peak"] == 21000 / 32768
-    assert facts["duration_s"] == samples / rate
-    assert facts["complete"] == (seconds == 17.5)
+    metadata = same_streamed_and_plain(pipeline.split("mel")[0], data)
+    assert metadata["peak"] == 21000 / 32768
+    assert metadata["duration_s"] == samples / rate
+    assert metadata["complete"] == (seconds == 17.5)
     # The 32nd segment ends at 17.5 s and the 33rd at 18 s, at 16 kHz, where lengths are rounded up.
     resampled = math.ceil(samples * 16000 / rate)
-    assert facts["truncated"] == (resampled >= 288000)
-    assert facts["analyzed_s"] == min(17.5 if resampled >= 280000 else 17.0, samples / rate)
+    assert metadata["truncated"] == (resampled >= 288000)
+    assert metadata["analyzed_s"] == min(17.5 if resampled >= 280000 else 17.0, samples / rate)
 
 
 def test_streamed_equals_plain_where_the_resampled_length_is_rounded(pipeline):
     """3175189 samples at 176.4 kHz are 287999.003 at 16 kHz: torchaudio makes 287999, a sample short of the
     33rd segment."""
     data = loud_ending(176400, 3175189, channels=1)
-    facts = same_streamed_and_plain(pipeline.split("mel")[0], data)
-    assert not facts["complete"]
+    metadata = same_streamed_and_plain(pipeline.split("mel")[0], data)
+    assert not metadata["complete"]
 
 
 def test_streamed_equals_plain_to_the_networks_input(pipeline):
@@ -547,7 +547,7 @@ def test_memory_does_not_grow_with_the_recording(pipeline):
     finally:
         tracemalloc.stop()
     assert decoded.data.shape[1] <= 17.5015 * 8000
-    assert decoded.facts["duration_s"] == 1200.0
+    assert decoded.metadata["duration_s"] == 1200.0
     assert highest < 4_000_000
 
 
@@ -565,18 +565,18 @@ TALENT = FILE.parents[1] / "talent" / "pipeline.yaml"
 
 def scaled(mean: float) -> Pipeline:
     bare = Pipeline.from_yaml(TALENT)
-    return bare.replace(standard_scaler=REGISTRY["standard_scaler"]((mean,) * 37, (1.0,) * 37))
+    return bare.replace(standard_scaler=STAGES["standard_scaler"]((mean,) * 37, (1.0,) * 37))
 
 
 def test_an_unfitted_stage_is_completed_by_the_trained_one():
     bare = Pipeline.from_yaml(TALENT)
     assert bare.unfitted == ["standard_scaler"]
     assert scaled(0.5).unfitted == []
-    assert bare.completed_by(scaled(0.5)).fingerprint == scaled(0.5).fingerprint
+    assert bare.with_fitted_stages_of(scaled(0.5)).fingerprint == scaled(0.5).fingerprint
     # What is already fitted stays, and what the other does not have cannot be taken from it.
-    assert scaled(1.0).completed_by(scaled(0.5)).fingerprint == scaled(1.0).fingerprint
+    assert scaled(1.0).with_fitted_stages_of(scaled(0.5)).fingerprint == scaled(1.0).fingerprint
     first, _ = scaled(0.5).split(before="standard_scaler")
-    assert bare.completed_by(first).unfitted == ["standard_scaler"]
+    assert bare.with_fitted_stages_of(first).unfitted == ["standard_scaler"]
 
 
 def test_other_statistics_are_another_pipeline():

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from PIL.ExifTags import Base
 
-from handler.decisions import build_decision
-from handler.pipeline import Pipeline
-from handler.stages import InputError, Payload, PipelineError, Signal
-from handler.stages.picture import DecodeImage
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.pipeline import Pipeline
+from skewless.core.stages import InputError, Payload, PipelineError, Signal
+from skewless.core.stages.image import DecodeImage
 from tests.keras_on_torch import keras
 from tests.oracles import portrait as oracle
 from tests.recordings import one_thread  # noqa: F401
-from training.corpora import portrait as corpus
+from skewless.demos import portrait as corpus
 
 ARCHIVE = Path(__file__).parents[1] / "archive" / "portrait"
 PIPELINE = Pipeline.from_yaml(ARCHIVE / "pipeline.yaml")
@@ -193,7 +193,7 @@ def test_orientation(kind: str, orientation: int):
     scene = picture(32, 48)
     data = with_orientation(kind, oracle.stored(scene, orientation), orientation)
     signal = decode(data)
-    assert (signal.facts["width"], signal.facts["height"], signal.facts["format"]) == (48, 32, kind)
+    assert (signal.metadata["width"], signal.metadata["height"], signal.metadata["format"]) == (48, 32, kind)
     difference = np.abs(signal.data[0].permute(1, 2, 0).numpy() - scene)
     assert difference.mean() < 6 if kind == "JPEG" else not difference.any()
     as_stored = levels(data, replace(DECODE, orientation="stored"))
@@ -217,7 +217,7 @@ def test_an_orientation_behind_the_pixels_is_found():
 def test_of_a_jpeg_with_several_pictures_the_first():
     data = encoded(RGB, "MPO", save_all=True, append_images=[Image.fromarray(255 - RGB)])
     assert Image.open(io.BytesIO(data)).format == "MPO"
-    assert decode(data).facts["format"] == "JPEG" and np.array_equal(levels(data), levels(encoded(RGB, "JPEG")))
+    assert decode(data).metadata["format"] == "JPEG" and np.array_equal(levels(data), levels(encoded(RGB, "JPEG")))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WebP"])
@@ -457,7 +457,7 @@ def test_the_whole_pipeline(kind: str):
     flat = oracle.composite(pixels, (255, 255, 255))
     assert signal.data.shape == (1, 3, 224, 224)
     assert np.abs(signal.data[0].numpy() - oracle.caffe_preprocess(oracle.bilinear(flat, 224, 224))).max() <= 6e-3
-    assert dict(signal.facts) == {"width": 320, "height": 180, "format": kind}
+    assert dict(signal.metadata) == {"width": 320, "height": 180, "format": kind}
 
 
 @pytest.mark.parametrize("variant", sorted((ARCHIVE / "variants").glob("*.yaml")), ids=lambda path: path.stem)
@@ -476,7 +476,7 @@ def test_rgb_order_differs_in_nothing_but_the_order():
 
 # --- the decision
 
-DECISION = build_decision({"class_probabilities": {"classes": ["animal", "avatar", "human"], "threshold": 0.7}})
+DECISION = build_postprocessor({"class_probabilities": {"classes": ["animal", "avatar", "human"], "threshold": 0.7}})
 FACTS = {"width": 640, "height": 480, "format": "PNG"}
 
 
@@ -515,7 +515,7 @@ def test_confident_is_at_or_above_the_threshold(threshold: float, confident: boo
 )
 def test_decisions_that_make_no_sense_are_refused(parameters: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        build_decision({"class_probabilities": parameters})
+        build_postprocessor({"class_probabilities": parameters})
 
 
 def test_a_network_with_another_number_of_classes_is_refused():
@@ -556,8 +556,8 @@ def test_nothing_about_the_file_betrays_the_label(drawn: list):
 
 
 def test_every_picture_is_read(drawn: list):
-    facts = [PIPELINE.run(e.data).facts for e in drawn]
-    assert {f["format"] for f in facts} == set(ENDS)
-    assert all(96 <= f[side] <= 832 for f in facts for side in ("width", "height"))
+    metadata = [PIPELINE.run(e.data).metadata for e in drawn]
+    assert {f["format"] for f in metadata} == set(ENDS)
+    assert all(96 <= f[side] <= 832 for f in metadata for side in ("width", "height"))
     images = [Image.open(io.BytesIO(e.data)) for e in drawn]
     assert {i.getexif().get(Base.Orientation) for i in images} > {None, 6}

@@ -5,11 +5,20 @@ import json
 
 import pytest
 
-from handler.request import PAYLOAD_FIELDS, BatchRequest, Limits, Request, RequestError, parse_request
+from handler.forms import request_of
+from skewless.core.request import PAYLOAD_FIELDS, BatchRequest, Limits, Request, RequestError
 
 AUDIO = b"RIFF....WAVE"
 IMAGE = b"\x89PNG\r\n\x1a\n" + bytes(range(248, 256))
 LIMITS = Limits(max_bytes=100)
+
+
+def parse_request(fields: dict, headers: dict, limits: Limits) -> Request | BatchRequest:
+    """The request as the handler makes it of TorchServe's fields; raises what it would answer."""
+    request = request_of(fields, headers, limits)
+    if isinstance(request, RequestError):
+        raise request
+    return request
 
 
 def refusal(fields: dict, headers: dict | None = None, limits: Limits = LIMITS) -> RequestError:

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import serving.retrain as module
-from serving.errors import LoadError, ServerError, UsageError
-from serving.retrain import STATUS, Status, check_version, merged, next_version, read_status
+import skewless.torchserve.retrain as module
+from skewless.errors import LoadError, ServerError, UsageError
+from skewless.torchserve.retrain import STATUS, Status, check_version, merged, next_version, read_status
 from tests.conftest import ROOT, run_script
-from training.fit import Config
-from training.manifest import ManifestError
+from skewless.training.fit import Config
+from skewless.training.manifest import ManifestError
 
 
 def corpus(folder: Path, rows: list[tuple[str, str, str, str]]) -> tuple[Path, Path]:

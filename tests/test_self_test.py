@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from handler.references import SelfTestError
-from handler.service import ModelService
+from skewless.core.selftest import SelfTestError
+from skewless.core.service import ModelService
 from tests.conftest import Demonstration, run_script
 
 
@@ -85,14 +85,14 @@ def test_versions_then_and_now_are_named(unpacked: Path):
     recorded["library_versions"]["torch"] = "2.10.0"
     (unpacked / "references" / "stages.json").write_text(json.dumps(recorded))
     # Other versions alone are no error: numbers decide.
-    assert ModelService.load(unpacked, torch.device("cpu")).proof.max_dp <= 1e-6
+    assert ModelService.load(unpacked, torch.device("cpu")).self_test.max_dp <= 1e-6
     other_cutoff(unpacked)
     with pytest.raises(SelfTestError, match=r"torch 2\.10\.0 then, 2\.11\.0.* now"):
         ModelService.load(unpacked, torch.device("cpu"))
 
 
 def test_untouched_archive_passes(unpacked: Path):
-    proof = ModelService.load(unpacked, torch.device("cpu")).proof
+    proof = ModelService.load(unpacked, torch.device("cpu")).self_test
     assert proof.recordings == 14
     assert proof.max_dp <= 1e-6
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving import launch, server
-from serving.client import Client
-from serving.errors import ServerError, UsageError
-from serving.server import Server
+from skewless.torchserve import launch, server
+from skewless.torchserve.client import Client
+from skewless.errors import ServerError, UsageError
+from skewless.torchserve.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 AUDIO = bytes(range(256)) * 100

@@ -18,18 +18,18 @@ import pytest
 import soundfile
 import torch
 
-from handler.decisions.bag_threshold import BagThreshold
-from handler.networks import AttnMILResNet
-from handler.pipeline import Pipeline
-from handler.runtimes.eager import EagerRuntime
-from handler.stages import InputError, Stage
-from parity.align import align
-from parity.page import write_html
-from parity.pydub_decode import AudioSegment
-from parity.report import as_text, at_threshold
-from parity.skew import Comparator, Score, Tally, summarize
+from skewless.core.postprocess.bag_threshold import BagThreshold
+from skewless.core.networks import AttnMILResNet
+from skewless.core.pipeline import Pipeline
+from skewless.core.runtimes.eager import EagerRuntime
+from skewless.core.stages import InputError, Stage
+from skewless.skew.align import align
+from skewless.skew.page import write_html
+from archive.cough.pydub_decode import AudioSegment
+from skewless.skew.report import as_text, at_threshold
+from skewless.skew.skew import Comparator, Score, Tally, summarize
 from scripts import skew_report
-from training.checkpoint import save_checkpoint
+from skewless.training.checkpoint import save_checkpoint
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "archive" / "cough"
 VARIANTS = sorted(path.stem for path in (ARCHIVE / "variants").glob("*.yaml"))
@@ -151,7 +151,7 @@ def test_edits_of_the_onnx_backend(measured):
         "downmix removed",
         "highpass removed",
         "segment: tail drop → pad",
-        "quantize removed",
+        "cast removed",
     ]
     downmix = measured["onnx_backend"][2]["edits"][2]
     assert downmix["inputs_changed_alone"] == 0, "a mono recording has nothing to mix down"
@@ -286,7 +286,7 @@ def test_decode_pydub_sets_the_facts_of_decode():
     audio = recording("WAV", "PCM_16", channels=2)
     first, second = (Pipeline.from_dict({"name": "x", "stages": [{n: {}}]}) for n in ("decode", "decode_pydub"))
     a, b = first.run(audio), second.run(audio)
-    assert a.facts == b.facts
+    assert a.metadata == b.metadata
     assert b.rate == a.rate
     # pydub averages channels in integers.
     assert torch.allclose(b.data, a.data.mean(dim=0, keepdim=True), atol=1 / 32768)
@@ -296,7 +296,7 @@ def test_decode_pydub_sets_the_facts_of_decode():
         patch.setattr(AudioSegment, "converter", imageio_ffmpeg.get_ffmpeg_exe())
         own = AudioSegment.from_file_using_temporary_files(io.BytesIO(lossy))
     assert np.array_equal(second(lossy)[0].numpy(), np.array(own.get_array_of_samples(), np.float32) / 32768)
-    assert set(second.run(lossy).facts) == set(a.facts)
+    assert set(second.run(lossy).metadata) == set(a.metadata)
     for broken in (b"no audio at all", audio[:-1], b""):
         with pytest.raises(InputError):
             second.run(broken)
@@ -324,7 +324,7 @@ def root(tmp_path_factory, reference):
             "pipeline": reference.to_dict(),
             "pipeline_fingerprint": reference.fingerprint,
             "network": {"attn_mil_resnet": {}},
-            "decision": {"bag_threshold": {"threshold": THRESHOLD, "positive_field": "positive"}},
+            "postprocess": {"bag_threshold": {"threshold": THRESHOLD, "positive_field": "positive"}},
             "history": [],
         },
     )

@@ -16,8 +16,8 @@ import torch
 import torchaudio.transforms as AT
 from numpy.typing import NDArray
 
-from handler.pipeline import Pipeline
-from handler.stages import REGISTRY, InputError, Signal
+from skewless.core.pipeline import Pipeline
+from skewless.core.stages import STAGES, InputError, Signal
 from tests import recordings
 from tests.oracles import cough as oracle
 from tests.recordings import one_thread  # noqa: F401
@@ -54,14 +54,14 @@ def expected(case: str) -> dict[str, NDArray]:
 
 
 def run(stage: str, data: NDArray, rate: int, /, **changes: object) -> Signal:
-    """One stage of the pipeline, with parameters changed, on data whose facts are those of a whole recording."""
+    """One stage of the pipeline, with parameters changed, on data whose metadata are those of a whole recording."""
     facts = {
         "peak": float(np.abs(data).max()),
         "num_samples": data.shape[-1],
         "duration_s": data.shape[-1] / rate,
         "complete": True,
     }
-    return replace(PIPELINE.stages[stage], **changes)(Signal(torch.from_numpy(data), rate, facts))
+    return replace(PIPELINE.stages[stage], **changes)(Signal(torch.from_numpy(data), rate, metadata))
 
 
 def alone(case: str, stage: str) -> tuple[NDArray, NDArray]:
@@ -93,7 +93,7 @@ TOLERANCES = {
     "decibel": 3e-5,  # two roundings of numbers up to 100: 2 x 100 eps = 1.2e-5
     "scale": 5e-7,  # two roundings of numbers up to 1, doubled
     "letterbox": 5e-5,  # source positions up to 201 are float32: 201 eps = 1.2e-5 of a step between pixels, up to 2
-    "quantize": 0.0,  # the same rounding to nearest even
+    "cast": 0.0,  # the same rounding to nearest even
     "replicate": 0.0,  # a copy
     "standardize": 1e-6,  # one subtraction and one division, results up to 2.7
 }
@@ -156,7 +156,7 @@ def test_silence_stays_silence():
 def test_peak_is_over_all_channels_and_the_whole_recording():
     """Not the channel's own, and not that of the samples at hand, which may be only the head."""
     data = torch.tensor([[0.1, -0.2], [0.05, 0.4]])
-    out = REGISTRY["peak_normalize"]()(Signal(data, 16000, {"peak": 0.8}))
+    out = STAGES["peak_normalize"]()(Signal(data, 16000, {"peak": 0.8}))
     torch.testing.assert_close(out.data, data / 0.8, atol=1e-7, rtol=0)
 
 
@@ -209,9 +209,9 @@ def test_segments(length, tail):
     want = oracle.segment(ramp, tail=tail)
     np.testing.assert_array_equal(out.data.numpy(), want)
     times = [(0.5 * i, 0.5 * i + 2.0) for i in range(len(want))]
-    assert out.facts["segment_times_s"] == times
-    assert out.facts["analyzed_s"] == min(times[-1][1], length / 16000)
-    assert out.facts["truncated"] == (len(oracle.segment(ramp, tail=tail, max_segments=10**6)) > 32)
+    assert out.metadata["segment_times_s"] == times
+    assert out.metadata["analyzed_s"] == min(times[-1][1], length / 16000)
+    assert out.metadata["truncated"] == (len(oracle.segment(ramp, tail=tail, max_segments=10**6)) > 32)
 
 
 def test_a_padded_tail_is_silence_after_the_sound():
@@ -296,12 +296,12 @@ def test_letterbox_shapes(shape, size):
     assert largest_error(got, want) <= TOLERANCES["letterbox"]
 
 
-def test_quantize_rounds_ties_to_even():
+def test_cast_rounds_ties_to_even():
     """Halfway between two halves of spacing 2**-11 near 0.5 and 2**-10 near 1, and what float16 cannot hold apart."""
     images = np.array([0.5 + 2**-12, 0.5 + 3 * 2**-12, 1 - 2**-12, -0.1, 1e-8, 6e-8], dtype=np.float32)
-    out = run("quantize", images.reshape(1, 2, 3), 16000).data
+    out = run("cast", images.reshape(1, 2, 3), 16000).data
     assert out.dtype == torch.float16
-    np.testing.assert_array_equal(out.numpy(), oracle.quantize(images).reshape(1, 2, 3))
+    np.testing.assert_array_equal(out.numpy(), oracle.cast(images).reshape(1, 2, 3))
     assert out.flatten()[0] == 0.5
 
 

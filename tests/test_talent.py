@@ -20,22 +20,22 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from handler.decisions import build_decision
-from handler.definition import read_config
-from handler.networks import build_network
-from handler.networks.mlp import MLP
-from handler.pipeline import Pipeline
-from handler.stages import InputError, Payload, PipelineError, Signal
-from handler.stages.decode import Decode
-from handler.stages.voice import FEATURES, RemoveSilence, StandardScaler, VoiceFeatures, describe
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.config import read_config
+from skewless.core.networks import build_network
+from skewless.core.networks.mlp import MLP
+from skewless.core.pipeline import Pipeline
+from skewless.core.stages import InputError, Payload, PipelineError, Signal
+from skewless.core.stages.decode import Decode
+from skewless.core.stages.voice import FEATURES, RemoveSilence, StandardScaler, VoiceFeatures, describe
 from tests import recordings
 from tests.oracles import talent as oracle
 from tests.recordings import one_thread  # noqa: F401
-from training.copies import NOISE_DB, STRETCH, copies
-from training.corpora.talent import FORMATS, LABELS, TAKES_PER_SINGER, examples
-from training.corpora.writer import CorpusError
-from training.feature_pictures import write_pictures
-from training.manifest import read_manifest
+from skewless.training.offline_augmentation import NOISE_DB, STRETCH, copies
+from skewless.demos.talent import FORMATS, LABELS, TAKES_PER_SINGER, examples
+from skewless.demos.writer import CorpusError
+from skewless.evaluation.feature_pictures import write_pictures
+from skewless.training.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = ROOT / "archive" / "talent"
@@ -129,7 +129,7 @@ def test_silence_removal_is_the_oracles(case):
     kept = run(SILENCE, waveform(case))
     want = oracle.remove_silence(waveform(case)[0]).astype(np.float32)
     np.testing.assert_array_equal(kept.data.numpy(), want[None])
-    assert kept.facts == {"duration_s": 9.9, "num_samples": len(want)}
+    assert kept.metadata == {"duration_s": 9.9, "num_samples": len(want)}
 
 
 @pytest.mark.parametrize("changes", [{"top_db": 60.0}, {"top_db": 6.0}, {"frame_length": 512, "hop_length": 128}])
@@ -196,10 +196,10 @@ def test_another_process_gives_the_same_bits_and_loads_numba_only_for_them():
     code = """
 import sys
 import torch
-from handler.stages import REGISTRY, Signal
+from skewless.core.stages import STAGES, Signal
 assert "numba" not in sys.modules, "importing the stages loads numba"
 data = torch.frombuffer(bytearray(sys.stdin.buffer.read()), dtype=torch.float32)[None]
-stage = REGISTRY["voice_features"](n_mfcc=13, n_fft=2048, hop_length=512, tempo="beat_track")
+stage = STAGES["voice_features"](n_mfcc=13, n_fft=2048, hop_length=512, tempo="beat_track")
 print(stage(Signal(data, 22050)).data.numpy().tobytes().hex())
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -362,7 +362,7 @@ def test_the_network_starts_as_keras_starts_it():
 
 
 def test_the_decision_names_the_label_and_is_as_sure_as_that_label():
-    decision = build_decision(read_config(ARCHIVE / "model-config.yaml")["decision"])
+    decision = build_postprocessor(read_config(ARCHIVE / "model-config.yaml")["postprocess"])
     assert decision.classes == LABELS == ("poor", "good")
     good = decision({"probability": torch.tensor(0.75)}, {"duration_s": 2.5}, 0.5)
     assert good == {
@@ -380,7 +380,7 @@ def test_the_decision_names_the_label_and_is_as_sure_as_that_label():
         assert decision.read(body) == ((0.75,), int(body["talented"]))
     for labels in (["good"], ["good", "good"], ["a", "b", "c"]):
         with pytest.raises(ValueError, match="expected two different names"):
-            build_decision({"label_threshold": {"threshold": 0.5, "labels": labels, "positive_field": "talented"}})
+            build_postprocessor({"label_threshold": {"threshold": 0.5, "labels": labels, "positive_field": "talented"}})
 
 
 # ---------------------------------------------------------------------------------------------------------- the archive
@@ -504,8 +504,8 @@ def test_the_recording_does_not_betray_the_label(takes):
         mine, other = decoded(poor.data), decoded(good.data)
         assert mine.data.shape == other.data.shape and mine.rate == other.rate
         # Their peaks were equal before a lossy codec.
-        assert mine.facts["peak"] == pytest.approx(other.facts["peak"], rel=0.2)
-        assert 2.0 <= mine.facts["duration_s"] <= 4.1
+        assert mine.metadata["peak"] == pytest.approx(other.metadata["peak"], rel=0.2)
+        assert 2.0 <= mine.metadata["duration_s"] <= 4.1
     assert {Path(t.name).suffix for t in takes} == {f".{f}" for f in FORMATS}
 
 

@@ -14,15 +14,15 @@ import torch
 import yaml
 from sklearn.metrics import f1_score
 
-from handler.pipeline import Pipeline
+from skewless.core.pipeline import Pipeline
 from tests.conftest import ROOT, Demonstration, run_script
-from training.augment import augment
-from training.cache import StageCache, UnreadableRecordings
-from training.checkpoint import CheckpointError, load_checkpoint, network_of
-from training.evaluate import at_threshold, best_threshold, measure_classes
-from training.fit import Config, _copies_of, _measure_batch_statistics, config_of, fit
-from training.manifest import ManifestError, manifest_digest, read_manifest, select
-from training.objectives import objective_of
+from skewless.training.augment import augment
+from skewless.training.cache import StageCache, UnreadableRecordings
+from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
+from skewless.evaluation.evaluate import at_threshold, best_threshold, measure_classes
+from skewless.training.fit import Config, _copies_of, _measure_batch_statistics, config_of, fit
+from skewless.training.manifest import ManifestError, manifest_digest, read_manifest, select
+from skewless.training.losses import objective_of
 
 COUGH = ROOT / "archive" / "cough"
 
@@ -128,7 +128,7 @@ def _validation(demonstration: Demonstration):
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(demonstration: Demonstration, tmp_path, monkeypatch):
     whole = _fit(demonstration, tmp_path / "whole", tmp_path / "cache")
-    from training import fit as module
+    from skewless.training import fit as module
 
     def interrupt(history, patience):
         if len(history) == 1:
@@ -150,7 +150,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(demonstration: 
 def test_checkpoint_holds_what_the_number_depends_on(demonstration: Demonstration):
     raw = torch.load(demonstration.checkpoint, weights_only=True)
     wanted = {"epoch", "model_state_dict", "optimizer_state_dict", "val_auc", "val_ap", "config", "pipeline"}
-    wanted |= {"pipeline_fingerprint", "library_versions", "manifest_sha256", "network", "decision", "history"}
+    wanted |= {"pipeline_fingerprint", "library_versions", "manifest_sha256", "network", "postprocess", "history"}
     assert wanted <= set(raw)
     assert raw["pipeline_fingerprint"] == Pipeline.from_yaml(COUGH / "pipeline.yaml").fingerprint
     assert network_of(raw).training is False

@@ -182,7 +182,7 @@ def letterbox(images: ArrayLike, size: int = 224, pad_value: float = -1.0) -> Ar
     return np.pad(resized, margins, constant_values=pad_value)
 
 
-def quantize(images: ArrayLike) -> NDArray[np.float16]:
+def cast(images: ArrayLike) -> NDArray[np.float16]:
     """Round to the nearest IEEE half, ties to even."""
     return np.asarray(images).astype(np.float16)
 
@@ -218,8 +218,8 @@ def trace(samples: ArrayLike, rate: int) -> dict[str, NDArray]:
     stages["decibel"] = decibel(stages["mel"])
     stages["scale"] = scale(stages["decibel"])
     stages["letterbox"] = letterbox(stages["scale"])
-    stages["quantize"] = quantize(stages["letterbox"])
-    stages["replicate"] = replicate(stages["quantize"])
+    stages["cast"] = cast(stages["letterbox"])
+    stages["replicate"] = replicate(stages["cast"])
     stages["standardize"] = standardize(stages["replicate"])
     return stages
 

@@ -1,0 +1,1 @@
+"""What ships inside every archive. It imports nothing else of this project and knows no server."""

@@ -1,0 +1,5 @@
+"""What the core raises for what its user can mend."""
+
+
+class DefinitionError(ValueError):
+    """A definition that cannot be used as it is written; the message names the value and what was expected."""

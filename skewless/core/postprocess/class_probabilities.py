@@ -1,0 +1,63 @@
+"""One probability per class; the highest is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from skewless.core.postprocess.postprocessor import Postprocessor
+
+
+class ClassProbabilities(Postprocessor):
+    """The most probable of three or more classes, which exclude one another.
+
+    classes: their names, in the order of the network's outputs.
+    threshold: an answer is confident when its probability is at least this. It never changes which class is chosen, so
+        evaluation does not tune it.
+    """
+
+    tuned: ClassVar[bool] = False
+
+    def __init__(self, classes: tuple[str, ...], threshold: float):
+        if len(set(classes)) != len(classes) or len(classes) < 3:
+            # With two, there is one score, compared with the threshold.
+            raise ValueError(f"classes is {list(classes)}, expected a list of three or more different names")
+        self.classes = tuple(classes)
+        self.threshold = threshold
+        self._check_threshold()
+
+    def scores(self, outputs: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
+        """The classes' probabilities, in order, of class_probabilities `(C,)` or `(1, C)`.
+
+        Raises ValueError when the network has another number of outputs, or gives several rows for one input.
+        """
+        probabilities = outputs["class_probabilities"]
+        if probabilities.ndim == 2 and len(probabilities) == 1:
+            probabilities = probabilities[0]
+        if probabilities.ndim != 1:
+            raise ValueError(f"class_probabilities is {tuple(probabilities.shape)}, expected one row for one input")
+        scores = tuple(probabilities.tolist())
+        if len(scores) != len(self.classes):
+            raise ValueError(f"the network gives {len(scores)} probabilities, for {len(self.classes)} classes")
+        return scores
+
+    def __call__(
+        self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], threshold: float
+    ) -> dict[str, Any]:
+        """The response's fields, in plain JSON types: probabilities in [0, 1], width and height in pixels."""
+        scores = self.scores(outputs)
+        chosen = self.choose(scores, threshold)
+        return {
+            "label": self.classes[chosen],
+            "confidence": scores[chosen],
+            "confident": scores[chosen] >= threshold,
+            "probabilities": dict(zip(self.classes, scores, strict=True)),
+            "threshold_used": threshold,
+            "width": metadata["width"],
+            "height": metadata["height"],
+        }
+
+    def read(self, body: Mapping[str, Any]) -> tuple[tuple[float, ...], int]:
+        return tuple(body["probabilities"][name] for name in self.classes), self.classes.index(body["label"])

@@ -1,0 +1,66 @@
+"""What a postprocessor is: from one input's network outputs to what the caller reads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+
+class Part(NamedTuple):
+    """A piece of a recording with a probability of its own; times in seconds from the start."""
+
+    start_s: float
+    end_s: float
+    probability: float
+
+
+class Postprocessor(ABC):
+    """The answer to one input, and the probabilities by which a served answer is compared with an evaluated one.
+
+    With two classes there is one score, the probability of the second class, and it is chosen when its score is strictly
+    above the threshold. With more there is one score per class, and the highest is chosen.
+
+    threshold: where neither the request nor the archive's metrics give one; in [0, 1].
+    classes: the labels' names, by the labels' numbers.
+    tuned: whether evaluation chooses the threshold; else the one above stays.
+    """
+
+    threshold: float
+    classes: tuple[str, ...]
+    tuned: ClassVar[bool] = True
+
+    @abstractmethod
+    def scores(self, outputs: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
+        """The probabilities that `choose` compares, each in [0, 1]."""
+
+    @staticmethod
+    def choose(scores: tuple[float, ...], threshold: float) -> int:
+        """The number of the chosen class."""
+        if len(scores) == 1:
+            return int(scores[0] > threshold)
+        return max(range(len(scores)), key=scores.__getitem__)
+
+    def parts(self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> list[Part]:
+        """What the recording's pieces got, in order; empty where an input is judged as a whole."""
+        return []
+
+    @abstractmethod
+    def __call__(
+        self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], threshold: float
+    ) -> dict[str, Any]:
+        """The response's fields, in plain JSON types; times in seconds, probabilities in [0, 1]."""
+
+    @abstractmethod
+    def read(self, body: Mapping[str, Any]) -> tuple[tuple[float, ...], int]:
+        """The scores and the chosen class that a response says: what `__call__` wrote."""
+
+    def _check_threshold(self) -> None:
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"threshold is {self.threshold}, expected a number in [0, 1]")
+
+    def _check_two_classes(self) -> None:
+        if len(self.classes) != 2 or len(set(self.classes)) != 2:
+            raise ValueError(f"classes is {list(self.classes)}, expected a list of two different names")

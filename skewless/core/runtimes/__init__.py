@@ -1,0 +1,52 @@
+"""What executes a network: `outputs = runtime(inputs)`, one dict of named tensors per recording."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skewless.core.catalogue import Catalogue, check
+from skewless.core.errors import DefinitionError
+from skewless.core.runtimes.runtime import Runtime, RuntimeSettings
+
+__all__ = ["RUNTIMES", "Runtime", "RuntimeSettings", "load_runtime", "runtime_settings"]
+
+RUNTIMES: Catalogue[Runtime] = Catalogue(
+    "runtime",
+    Runtime,
+    {
+        "eager": "skewless.core.runtimes.eager:EagerRuntime",
+        "onnxruntime": "skewless.core.runtimes.onnx:OnnxRuntime",
+    },
+)
+
+
+def runtime_settings(definition: Mapping[str, Any]) -> tuple[type[Runtime], RuntimeSettings]:
+    """The runtime's class and its settings, of `{name: {parameter: value}}`; raises DefinitionError."""
+    name, params = RUNTIMES.split(definition)
+    found = RUNTIMES.find(name)
+    try:
+        settings = RuntimeSettings(**check(RuntimeSettings, params, f"runtime '{name}'"))
+    except DefinitionError:
+        raise
+    except ValueError as error:
+        raise DefinitionError(f"runtime '{name}': {error}") from error
+    if settings.precision not in found.precisions:
+        raise DefinitionError(
+            f"runtime '{name}': precision is {settings.precision!r}, expected one of {', '.join(found.precisions)}"
+        )
+    return found, settings
+
+
+def load_runtime(
+    definition: Mapping[str, Any], network: Mapping[str, Any], archive_dir: Path, device: torch.device
+) -> Runtime:
+    """The runtime that a model.yaml asks for, with the archive's weights on `device`.
+
+    Raises DefinitionError for an unknown runtime; ValueError for weights that do not fit the network.
+    """
+    found, settings = runtime_settings(definition)
+    return found.load(archive_dir, network, device, settings)

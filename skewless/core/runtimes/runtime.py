@@ -1,0 +1,75 @@
+"""What a runtime is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from skewless.core.numerics import TIERS, TOLERANCES
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """A runtime's parameters in a model.yaml.
+
+    precision: the arithmetic, one of the runtime's `precisions`.
+    micro_batch: how many rows go through the network at once; it bounds memory, whatever the requests.
+    """
+
+    precision: str = "fp32"
+    micro_batch: int = 32
+
+    def __post_init__(self):
+        if self.precision not in TIERS:
+            raise ValueError(f"precision is {self.precision!r}, expected one of {', '.join(TIERS)}")
+        if self.micro_batch < 1:
+            raise ValueError(f"micro_batch is {self.micro_batch}, expected at least 1")
+
+
+DEFAULTS = RuntimeSettings()
+
+
+class Runtime(ABC):
+    """Executes a network: recordings, each `(S_i, ...)` float32, to each one's outputs by name, on the CPU.
+
+    name: as definitions call it. precisions: those that it has. packages: those that compute the outputs, beside the
+    network's own, as pip names them.
+    precision: of this one. tier: "exact" or "reduced", which sets the tolerance: how far an output may be from the one
+    recorded at the build, and a probability from the evaluated one.
+    """
+
+    name: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+
+    settings: RuntimeSettings
+    device: torch.device
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls, archive_dir: Path, network: Mapping[str, Any], device: torch.device, settings: RuntimeSettings
+    ) -> Runtime:
+        """The runtime with an unpacked archive's weights. Raises ValueError when they do not fit, or the device cannot be used."""
+
+    @abstractmethod
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Recordings, each `(S_i, ...)` float32, to each one's outputs on the CPU. What one recording gets does not depend
+        on the others."""
+
+    @property
+    def precision(self) -> str:
+        return self.settings.precision
+
+    @property
+    def tier(self) -> str:
+        return TIERS[self.precision]
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES[self.tier]

@@ -1,0 +1,145 @@
+"""Replaying the record on the device and with the numeric policy that will serve."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from skewless.core.definition import Definition
+from skewless.core.pipeline import Pipeline
+from skewless.core.runtimes import Runtime
+from skewless.core.selftest.record import ENTRIES, KINDS, REFERENCES, VALUES, kind, summary
+from skewless.core.stages import Signal
+from skewless.core.versions import changed_versions, library_versions
+
+
+class SelfTestError(ValueError):
+    """The archive does not reproduce its references here: one line, naming the first stage that differs."""
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """A passed replay: how many recordings, the largest |dp| from evaluation's probabilities, and how long it took."""
+
+    recordings: int
+    max_dp: float
+    seconds: float
+
+
+def self_test(definition: Definition, runtime: Runtime, metrics: Mapping[str, Any]) -> SelfTest:
+    """Replay an unpacked archive's references.
+
+    Raises SelfTestError for the first stage, in the pipeline's order, whose output is further from its record than the
+    stage's tolerance; then for a pipeline, post-processing, own code or weights that are not the ones built, however
+    small their effect; then for network outputs or probabilities that differ by more than the runtime's tolerance.
+    """
+    started = time.perf_counter()
+    folder = definition.folder / REFERENCES
+    recorded = json.loads((folder / KINDS).read_text(encoding="utf-8"))
+    replay = _Replay(folder, load_file(folder / VALUES), recorded["library_versions"], definition)
+    inputs = {file: replay.network_input(file, kinds) for file, kinds in recorded["recordings"].items()}
+    _check_definition(definition, metrics)
+    _check_weights(definition.folder, metrics)
+    outputs = dict(zip(inputs, runtime(list(inputs.values())), strict=True))
+    allowed = runtime.tolerance
+    for file, output in outputs.items():
+        replay.check_outputs(file, output, allowed)
+    max_dp = 0.0
+    for entry in json.loads((folder / ENTRIES).read_text(encoding="utf-8")):
+        scores = definition.postprocessor.scores(outputs[entry["file"]])
+        for probability, evaluated in zip(scores, entry["scores"], strict=True):
+            max_dp = max(max_dp, abs(probability - evaluated))
+            if not max_dp <= allowed:
+                difference = f"probability {probability:.6f}, evaluated {evaluated:.6f}, allowed difference {allowed:g}"
+                raise replay.error("network", entry["file"], difference)
+    return SelfTest(len(inputs), max_dp, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """The record in `folder`: values by "file/stage", and the versions of the packages that computed them."""
+
+    folder: Path
+    values: Mapping[str, torch.Tensor]
+    versions: Mapping[str, str]
+    definition: Definition
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.definition.pipeline
+
+    def network_input(self, file: str, kinds: Mapping[str, str]) -> torch.Tensor:
+        """The network's input for one recording, every stage on the way compared with its record."""
+        expected = iter(kinds.items())
+        signal, tolerance, unit = Signal(None), None, ""
+        for name, signal in self.pipeline.steps((self.folder / file).read_bytes()):
+            recorded_name, recorded_kind = next(expected, (None, None))
+            if name != recorded_name:
+                raise self.error(name, file, f"built with '{recorded_name}' in this place")
+            if kind(signal.data) != recorded_kind:
+                raise self.error(name, file, f"{kind(signal.data)}, built with {recorded_kind}")
+            stage = self.pipeline.stages[name]
+            tolerance, unit = stage.tolerance or tolerance, stage.unit or unit
+            now, then = summary(signal.data), self.values[f"{file}/{name}"]
+            scale = float(then.abs().max()) or 1.0 if tolerance.relative else 1.0
+            difference = (now - then).abs() / scale
+            mean, largest = float(difference.mean()), float(difference.max())
+            if not (mean <= tolerance.mean and largest <= tolerance.largest):
+                measure = f"of the largest {unit}" if tolerance.relative else unit
+                raise self.error(
+                    name,
+                    file,
+                    f"mean difference {mean:.1e} and largest {largest:.1e} {measure}, allowed {tolerance.mean:g} and "
+                    f"{tolerance.largest:g} ({tolerance.why})",
+                )
+        if (missing := next(expected, None)) is not None:
+            raise self.error(missing[0], file, "built with this stage, which is missing now")
+        return signal.data
+
+    def check_outputs(self, file: str, outputs: Mapping[str, torch.Tensor], allowed: float) -> None:
+        """Raise SelfTestError for the first of the network's outputs that is too far from its record."""
+        for name, value in outputs.items():
+            expected = self.values[f"{file}/network/{name}"]
+            # Relative for large logits. The logistic function's slope is at most a quarter, so four times a
+            # probability's tolerance is its logit's.
+            worst = float(((value.double() - expected).abs() / (1 + expected.abs())).max())
+            if not worst <= 4 * allowed:
+                raise self.error("network", file, f"{name} is off by {worst:.1e}, allowed {4 * allowed:g}")
+
+    def error(self, stage: str, file: str, difference: str) -> SelfTestError:
+        changed = changed_versions(self.versions, library_versions(self.definition.packages))
+        return SelfTestError(
+            f"self-test: stage '{stage}' differs on {file}: {difference}; {changed or 'versions as built'}"
+        )
+
+
+def _check_definition(definition: Definition, metrics: Mapping[str, Any]) -> None:
+    if differences := definition.pipeline.diff(Pipeline.from_dict(metrics["pipeline"], definition.folder)):
+        raise SelfTestError(
+            f"self-test: stage '{differences[0].stage}' is not as built ('there'): {'; '.join(map(str, differences))}"
+        )
+    if definition.postprocess != metrics["postprocess"]:
+        raise SelfTestError(
+            f"self-test: the post-processing is {definition.postprocess}, built with {metrics['postprocess']}"
+        )
+    if changed := [
+        f for f in {**definition.code, **metrics["code"]} if definition.code.get(f) != metrics["code"].get(f)
+    ]:
+        raise SelfTestError(f"self-test: {', '.join(sorted(changed))} is not the file that the archive was built with")
+
+
+def _check_weights(root: Path, metrics: Mapping[str, Any]) -> None:
+    for name, built in metrics["weights_sha256"].items():
+        now = hashlib.sha256((root / name).read_bytes()).hexdigest()
+        if now != built:
+            raise SelfTestError(
+                f"self-test: stage 'network' is not as built: {name} has SHA-256 {now[:12]}, built with {built[:12]}"
+            )

@@ -1,0 +1,229 @@
+"""The model as a service: load an archive, answer requests. Knows no server."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skewless.core.definition import Definition
+from skewless.core.numerics import NumericPolicy
+from skewless.core.pipeline import Pipeline
+from skewless.core.postprocess import Part, Postprocessor
+from skewless.core.request import BatchRequest, Limits, Request, RequestError
+from skewless.core.runtimes import Runtime, load_runtime
+from skewless.core.selftest import SelfTest, self_test
+from skewless.core.stages import InputError, Signal
+
+METRICS = "metrics.json"
+
+_log = logging.getLogger(__name__)
+_AT_ONCE = 8  # files that are in memory as the network takes them
+_STATUS = {"malformed": 400, "unsupported": 415, "too_large": 413}
+
+
+@dataclass(frozen=True)
+class Response:
+    """An answer: an HTTP status and a body of plain JSON types.
+
+    An error's body is `{"code": status, "message": text}`. The code is in the body because not every protocol has a
+    status of its own: over gRPC, TorchServe answers OK to every call that reaches a handler.
+    """
+
+    status: int
+    body: dict[str, Any]
+
+    @classmethod
+    def of_error(cls, error: RequestError) -> Response:
+        return cls(error.status, {"code": error.status, "message": error.message})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose file the pipeline has read. signal: the network's input, with the metadata of the file."""
+
+    request: Request
+    signal: Signal
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """A prepared request with the network's outputs by name."""
+
+    prepared: Prepared
+    outputs: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What evaluation and the skew report keep of one input: the postprocessor's scores, and what its parts got."""
+
+    scores: tuple[float, ...]
+    parts: tuple[Part, ...]
+
+    def chosen(self, threshold: float) -> int:
+        """The number of the class that is chosen at this threshold."""
+        return Postprocessor.choose(self.scores, threshold)
+
+
+@dataclass(frozen=True)
+class ModelService:
+    """A pipeline, a network behind a runtime, and a postprocessor, with the metrics that belong to them.
+
+    A request goes through `prepare`, `infer` and `answer`, a few at a time; `predict` does all three.
+    """
+
+    definition: Definition
+    runtime: Runtime
+    metrics: Mapping[str, Any]
+    self_test: SelfTest | None = None
+
+    @classmethod
+    def load(cls, archive_dir: str | Path, device: torch.device, *, replay: bool = True) -> ModelService:
+        """Load an unpacked archive onto a device, put its numeric policy in force, and replay its references.
+
+        replay: False for whoever is about to record the references.
+        Raises SelfTestError when they are not reproduced, ValueError when the archive's parts do not fit together.
+        """
+        root = Path(archive_dir)
+        definition = Definition.read(root)
+        definition.precision.apply()
+        service = cls(
+            definition,
+            load_runtime(definition.runtime, definition.network, root, device),
+            json.loads((root / METRICS).read_text(encoding="utf-8")),
+        )
+        if not replay:
+            return service
+        tested = self_test(definition, service.runtime, service.metrics)
+        return replace(service, self_test=tested)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.definition.pipeline
+
+    @property
+    def postprocessor(self) -> Postprocessor:
+        return self.definition.postprocessor
+
+    @property
+    def policy(self) -> NumericPolicy:
+        return self.definition.precision
+
+    @property
+    def limits(self) -> Limits:
+        return self.definition.limits
+
+    @property
+    def threshold(self) -> float:
+        """The archive's threshold: the one its evaluation chose, else the postprocessor's default."""
+        return self.metrics.get("threshold", self.postprocessor.threshold)
+
+    @property
+    def input_limits(self) -> dict[str, float]:
+        """What one input may be at most, as `Pipeline.run` takes it."""
+        return {"max_duration_s": self.limits.max_duration_s, "max_pixels": self.limits.max_pixels}
+
+    def predict(self, requests: Sequence[Request | BatchRequest | RequestError]) -> list[Response]:
+        """One response per request, in order. A file that cannot be read is answered alone and never fails another,
+        whether it came in a request of its own or among others in one."""
+        return answer_in_groups(requests, lambda group: self.answer(self.infer(self.prepare(group))))
+
+    def prepare(self, requests: Sequence[Request | RequestError]) -> list[Prepared | RequestError]:
+        """Read every file through the pipeline; a file's error takes its place."""
+        return [self._prepare(request) for request in requests]
+
+    def infer(self, prepared: Sequence[Prepared | RequestError]) -> list[Inferred | RequestError]:
+        """Run the network on all that could be prepared, in one batch; errors pass through."""
+        good = [p for p in prepared if isinstance(p, Prepared)]
+        outputs = iter(self.runtime([p.signal.data for p in good]))
+        return [p if isinstance(p, RequestError) else Inferred(p, next(outputs)) for p in prepared]
+
+    def answer(self, inferred: Sequence[Inferred | RequestError]) -> list[Response]:
+        """Turn outputs into responses, each at its request's threshold or else the archive's."""
+        return [Response.of_error(i) if isinstance(i, RequestError) else self._answer(i) for i in inferred]
+
+    def score(self, payloads: Sequence[bytes]) -> list[Scored]:
+        """What evaluation calls: every encoded input's scores. Raises InputError for one that cannot be read."""
+        signals = [self.pipeline.run(data, **self.input_limits) for data in payloads]
+        outputs = self.runtime([signal.data for signal in signals])
+        return [
+            Scored(self.postprocessor.scores(o), tuple(self.postprocessor.parts(o, s.metadata)))
+            for s, o in zip(signals, outputs, strict=True)
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """What is served: the versioned metrics, the pipeline, and the numeric policy in force."""
+        return {
+            "metrics": dict(self.metrics),
+            "threshold": self.threshold,
+            "pipeline": self.pipeline.to_dict(),
+            "pipeline_fingerprint": self.pipeline.fingerprint,
+            "runtime": {k: getattr(self.runtime, k) for k in ("name", "precision", "tier", "tolerance")},
+            "precision": self.policy.report(self.runtime.device),
+            "limits": asdict(self.limits),
+            "self_test": asdict(self.self_test) if self.self_test else None,
+        }
+
+    def _prepare(self, request: Request | RequestError) -> Prepared | RequestError:
+        if isinstance(request, RequestError):
+            return request
+        try:
+            return Prepared(request, self.pipeline.run(request.payload, **self.input_limits))
+        except InputError as error:
+            return RequestError(_STATUS[error.kind], str(error))
+        except Exception:
+            # A fault of ours, which must not take the rest of the batch with it.
+            _log.exception("preprocessing failed unexpectedly")
+            return RequestError(500, "this file could not be processed; the server's log has the reason")
+
+    def _answer(self, inferred: Inferred) -> Response:
+        request, signal = inferred.prepared.request, inferred.prepared.signal
+        threshold = self.threshold if request.threshold is None else request.threshold
+        return Response(
+            200,
+            {
+                **self.postprocessor(inferred.outputs, signal.metadata, threshold),
+                "model_version": self.metrics["model_version"],
+                "pipeline_fingerprint": self.pipeline.fingerprint,
+                "runtime": self.runtime.name,
+                "precision": self.runtime.precision,
+                "tier": self.runtime.tier,
+            },
+        )
+
+
+def answer_in_groups(
+    requests: Sequence[Request | BatchRequest | RequestError],
+    answer: Callable[[Sequence[Request | RequestError]], list[Response]],
+) -> list[Response]:
+    """One response per request: their files are answered a few at a time, and those of one request put together again.
+
+    A few at a time, because what the network takes of a file can be a thousand times larger than the file.
+    """
+    files = [file for request in requests for file in _files(request)]
+    groups = (files[start : start + _AT_ONCE] for start in range(0, len(files), _AT_ONCE))
+    answers = (response for group in groups for response in answer(group))
+    return [_together(request, answers) for request in requests]
+
+
+def _files(request: Request | BatchRequest | RequestError) -> list[Request | RequestError]:
+    if not isinstance(request, BatchRequest):
+        return [request]
+    files = request.files.values()
+    return [file if isinstance(file, RequestError) else Request(file, request.threshold) for file in files]
+
+
+def _together(request: Request | BatchRequest | RequestError, answers: Iterator[Response]) -> Response:
+    """The next answer, or, for a request with several files, each file's own under its name and a count of failures."""
+    if not isinstance(request, BatchRequest):
+        return next(answers)
+    named = {name: next(answers) for name in request.files}
+    failed = sum(answer.status != 200 for answer in named.values())
+    results = {name: answer.body for name, answer in named.items()}
+    return Response(200, {"results": results, "succeeded": len(named) - failed, "failed": failed})

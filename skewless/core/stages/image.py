@@ -1,0 +1,239 @@
+"""From an encoded picture to the input of a network that was trained in Keras."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from PIL.ExifTags import Base
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from skewless.core.stages.stage import InputError, Payload, PipelineError, Signal, Stage, Tolerance
+
+FORMATS = "JPEG, PNG or WebP"
+
+# Between libjpeg-turbo and FFmpeg's decoder, colour planes unreduced: mean 0.06, largest 3. Planes enlarged in another way
+# are another picture (mean 1 to 14) and not within this.
+_DECODERS = Tolerance(0.2, 8.0, "JPEG decoders round differently; PNG and WebP are exact")
+
+
+@dataclass(frozen=True)
+class DecodeImage(Stage, name="decode_image"):
+    """Bytes to RGB levels `(1, 3, height, width)`: float32, whole numbers from 0 to 255, upright.
+
+    JPEG, PNG and WebP, told apart by their content. Of an animation the first picture; of an animated PNG the one that
+    programs without animation show. The orientation that the file's metadata gives is applied. Grey fills all three
+    channels; 16 bits keep their upper 8, as libpng's strip_16 does. CMYK becomes (255 - C)(255 - K) / 255 and so on, whether
+    stored as such or inverted behind an Adobe marker. Colour profiles are not applied.
+
+    background: the RGB levels that transparent pixels are blended with, in proportion to their alpha. Empty: alpha is
+        dropped and shows whatever colour lies under it, as Keras' loaders do.
+    orientation: "upright" applies the metadata's, "stored" ignores it, as Keras' loaders do.
+    min_side: the fewest pixels in height and in width.
+
+    Metadata added: `width` and `height` of the upright picture in pixels, `format` ("JPEG", "PNG" or "WebP").
+
+    Raises InputError: "unsupported" for what is none of these formats; "malformed" for an empty, damaged or truncated
+    file, and for a picture smaller than `min_side`; "too_large" for more pixels than `Payload.max_pixels`, by the file's
+    header, before memory is taken for them.
+    """
+
+    reads: ClassVar[str] = "image"
+    unit: ClassVar[str] = "level"
+    packages: ClassVar[tuple[str, ...]] = (
+        "pillow",
+        "numpy",
+    )
+    tolerance: ClassVar[Tolerance] = _DECODERS
+
+    background: tuple[int, ...]
+    min_side: int
+    orientation: Literal["upright", "stored"] = "upright"
+
+    def __post_init__(self):
+        levels = len(self.background) in (0, 3) and all(0 <= level <= 255 for level in self.background)
+        self.require(levels, f"background is {list(self.background)}, expected three levels from 0 to 255, or []")
+        self.require(self.min_side > 0, f"min_side is {self.min_side}, expected at least 1 pixel")
+
+    def __call__(self, signal: Signal) -> Signal:
+        payload: Payload = signal.data
+        kind = identify(payload.data)
+        try:
+            image = self._upright_rgb(_open(payload, kind), payload.data)
+        except (InputError, MemoryError):
+            raise
+        except Image.DecompressionBombError as error:
+            raise InputError(
+                f"the {kind} data is more than Pillow opens: {error}; send a smaller one", "too_large"
+            ) from error
+        except Exception as error:  # Pillow raises whatever the damage makes of its parsers
+            reason = str(error) or type(error).__name__
+            raise InputError(
+                f"the {kind} data cannot be decoded: {reason}; the file is damaged or cut short"
+            ) from error
+        width, height = image.size
+        if min(width, height) < self.min_side:
+            raise InputError(
+                f"the picture is {width} x {height} pixels, expected at least {self.min_side} x {self.min_side}; send a "
+                "larger one"
+            )
+        return signal.of(_levels(image), width=width, height=height, format=kind)
+
+    def _upright_rgb(self, image: ImageFile, data: bytes) -> Image.Image:
+        turn = _TURNS.get(image.getexif().get(Base.Orientation)) if self.orientation == "upright" else None
+        flat = self._rgb(image, data)
+        return flat if turn is None else flat.transpose(turn)
+
+    def _rgb(self, image: ImageFile, data: bytes) -> Image.Image:
+        if self.background and image.has_transparency_data:
+            # Byte 24 of a PNG is its bit depth. Pillow compares such a colour with levels of which it kept 8 bits.
+            if "transparency" in image.info and data[24] == 16:
+                raise InputError(
+                    "a PNG of 16 bits with one transparent colour (tRNS) is not read; save it with 8 bits or with an alpha "
+                    "channel",
+                    "unsupported",
+                )
+            with_alpha = image.convert("RGBA")
+            canvas = Image.new("RGB", image.size, self.background)
+            canvas.paste(with_alpha, mask=with_alpha.getchannel("A"))
+            return canvas
+        if image.mode == "I;16":
+            # Pillow's own conversion clips at 255.
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if image.mode == "CMYK" and "adobe" not in image.info:
+            # Pillow takes every CMYK JPEG for an inverted one.
+            return image.point(lambda level: 255 - level).convert("RGB")
+        # A palette with alpha goes to RGB by way of RGBA, or Pillow warns.
+        return image.convert("RGBA" if image.has_transparency_data else "RGB").convert("RGB")
+
+
+# What turns a picture upright, by its EXIF orientation (CIPA DC-008, "Exchangeable image file format", 4.6.4).
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def identify(data: bytes) -> str:
+    """The picture's format, from its first bytes; raises InputError for what is not one of FORMATS."""
+    if not data:
+        raise InputError(f"the picture is empty (0 bytes); send one as {FORMATS}")
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WebP"
+    shown = data[:8].hex(" ")
+    raise InputError(f"not a known picture format (it starts with {shown}); send {FORMATS}", "unsupported")
+
+
+def _open(payload: Payload, kind: str) -> ImageFile:
+    """The picture with its header read and no pixel decoded."""
+    # Not Image.open: it would hold the picture against a limit that the whole process shares, and read the stereo pairs
+    # that some cameras write into a JPEG as another format.
+    if kind == "WebP":
+        # libwebp takes memory for the whole canvas as soon as it is opened.
+        _check_size(_webp_size(payload.data), payload)
+    image = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WebP": WebPImageFile}[kind](io.BytesIO(payload.data))
+    _check_size(image.size, payload)
+    return image
+
+
+def _check_size(size: tuple[int, int], payload: Payload) -> None:
+    if size[0] * size[1] > payload.max_pixels:
+        raise InputError(
+            f"the picture has {size[0]:,} x {size[1]:,} pixels, at most {payload.max_pixels:,} in all are accepted; send a "
+            "smaller one",
+            "too_large",
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Canvas width and height from the first chunk (RFC 9649, "WebP Image Format", 2.5 to 2.7)."""
+    chunk, body = data[12:16], data[20:30]
+    if len(body) == 10:
+        if chunk == b"VP8X":
+            return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+        if chunk == b"VP8L":
+            bits = int.from_bytes(body[1:5], "little")
+            return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        if chunk == b"VP8 ":
+            return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
+    raise ValueError("its first chunk is not a picture's header")
+
+
+def _levels(image: Image.Image) -> torch.Tensor:
+    """An RGB image as `(1, 3, H, W)` float32."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().unsqueeze(0).float()
+
+
+@dataclass(frozen=True)
+class Resize(Stage, name="resize"):
+    """Stretch `(1, C, H, W)` to `height` x `width` pixels; the aspect ratio is not kept.
+
+    bilinear: what `keras.layers.Resizing`, `keras.ops.image.resize` and `image_dataset_from_directory` do: half-pixel
+        centres, edges clamped, no antialiasing, float32.
+    pil_bilinear, pil_nearest: what `keras.utils.load_img(target_size=...)` does by Pillow, on 8-bit levels: bilinear over
+        a support that grows with the reduction, rounded; and the nearest pixel, its default.
+
+    Raises PipelineError where a `pil_` method gets something else than whole levels from 0 to 255.
+    """
+
+    unit: ClassVar[str] = "level"
+    tolerance: ClassVar[Tolerance] = _DECODERS
+
+    height: int
+    width: int
+    method: Literal["bilinear", "pil_bilinear", "pil_nearest"]
+
+    def __post_init__(self):
+        self.require(
+            self.height > 0 and self.width > 0, f"{self.height} x {self.width} pixels, expected at least 1 x 1"
+        )
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("torch",) if self.method == "bilinear" else ("pillow", "numpy")
+
+    def __call__(self, signal: Signal) -> Signal:
+        if self.method == "bilinear":
+            size = (self.height, self.width)
+            return signal.of(F.interpolate(signal.data, size, mode="bilinear", align_corners=False))
+        levels = signal.data.to(torch.uint8)
+        if not torch.equal(levels.float(), signal.data):
+            raise PipelineError(f"stage 'resize': {self.method} takes 8-bit levels; put it right behind decode_image")
+        resample = {"pil_bilinear": Image.Resampling.BILINEAR, "pil_nearest": Image.Resampling.NEAREST}[self.method]
+        image = Image.fromarray(levels[0].permute(1, 2, 0).numpy()).resize((self.width, self.height), resample)
+        return signal.of(_levels(image))
+
+
+@dataclass(frozen=True)
+class CaffePreprocess(Stage, name="caffe_preprocess"):
+    """RGB levels `(1, 3, H, W)` to BGR minus `mean_bgr`, unscaled: `keras.applications.resnet.preprocess_input`, after the
+    Caffe models of K. He et al., "Deep Residual Learning for Image Recognition", CVPR 2016."""
+
+    unit: ClassVar[str] = "network input"
+    cheap: ClassVar[bool] = True
+    tolerance: ClassVar[Tolerance] = _DECODERS
+
+    mean_bgr: tuple[float, ...]
+
+    def __post_init__(self):
+        self.require(len(self.mean_bgr) == 3, f"mean_bgr is {list(self.mean_bgr)}, expected three levels")
+
+    def __call__(self, signal: Signal) -> Signal:
+        return signal.of(signal.data.flip(1) - torch.tensor(self.mean_bgr).view(1, 3, 1, 1))

@@ -1,0 +1,63 @@
+"""Cutting a waveform into overlapping segments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+
+from skewless.core.stages.stage import InputError, Signal, Stage, Tolerance
+
+
+@dataclass(frozen=True)
+class Segment(Stage, name="segment"):
+    """Windows of `duration_s` every `hop_s`, at most the first `max_segments`: `(1, N) -> (S, samples)`.
+
+    tail "drop" keeps only windows that fit; "pad" keeps every window that starts inside the recording and
+    zero-pads it. With "drop", a recording shorter than one window becomes one zero-padded window.
+
+    Metadata added: `segment_times_s` (start and end of each window), `analyzed_s` (end of the last one, at most the
+    recording's duration), `truncated` (True when `max_segments` left windows out).
+    """
+
+    unit: ClassVar[str] = "full scale"
+    tolerance: ClassVar[Tolerance] = Tolerance(3e-5, 3e-4, "copies the filter's output")
+
+    duration_s: float
+    hop_s: float
+    max_segments: int
+    tail: Literal["drop", "pad"]
+
+    def __post_init__(self):
+        self.require(self.duration_s > 0, f"duration_s is {self.duration_s}, expected a positive number")
+        self.require(self.hop_s > 0, f"hop_s is {self.hop_s}, expected a positive number")
+        self.require(self.max_segments > 0, f"max_segments is {self.max_segments}, expected at least 1")
+
+    def __call__(self, signal: Signal) -> Signal:
+        if signal.data.shape[0] != 1:
+            raise InputError(
+                f"'segment' takes one channel, got {signal.data.shape[0]}; add a 'downmix' stage before it"
+            )
+        window, hop = int(self.duration_s * signal.rate), int(self.hop_s * signal.rate)
+        duration_s = signal.metadata["duration_s"]
+        total = signal.metadata["num_samples"]
+        if self.tail == "drop":
+            fitting = max(1, 1 + (total - window) // hop)
+        else:
+            fitting = math.ceil(total / hop)
+        count = min(fitting, self.max_segments)
+        span = (count - 1) * hop + window
+        waveform = signal.data[0, :span]
+        waveform = F.pad(waveform, (0, span - waveform.shape[0]))
+        times = [(i * hop / signal.rate, (i * hop + window) / signal.rate) for i in range(count)]
+        return signal.of(
+            waveform.unfold(0, window, hop).contiguous(),
+            segment_times_s=times,
+            analyzed_s=min(times[-1][1], duration_s),
+            truncated=fitting > self.max_segments,
+        )
+
+    def needs(self, seconds: float, rate: int) -> float:
+        return (self.max_segments - 1) * self.hop_s + self.duration_s

@@ -1,0 +1,172 @@
+"""What a stage is, and what flows between stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from skewless.core.catalogue import check
+from skewless.core.errors import DefinitionError
+
+
+class PipelineError(DefinitionError):
+    """A pipeline definition that cannot be run as written."""
+
+
+class InputError(ValueError):
+    """An input that a stage cannot turn into numbers. `kind` says why, in the three ways that callers tell apart.
+
+    kind: "malformed" (damaged, empty, not finite), "unsupported" (not a format that is read), "too_large".
+    """
+
+    def __init__(self, message: str, kind: str = "malformed"):
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The encoded bytes a pipeline starts from.
+
+    `head_s(rate)` is how many seconds from the start can reach the pipeline's output, for audio recorded at
+    `rate` Hz (`math.inf`: all of it). A decoder need not keep more than that in memory.
+    max_duration_s, max_pixels: the longest recording and the largest image that a decoder may accept.
+    """
+
+    data: bytes
+    head_s: Callable[[int], float] = lambda rate: math.inf
+    max_duration_s: float = math.inf
+    max_pixels: float = math.inf
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What one stage hands to the next.
+
+    data: the stage's result; `trace` returns this.
+    rate: sampling rate in Hz, while the data is a waveform `(channels, samples)`.
+    metadata: what later stages or the post-processing need to know about the input and cannot read off `data`, such as
+        the duration of a recording of which only the head was kept.
+    """
+
+    data: Any
+    rate: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, data: torch.Tensor, *, rate: int | None = None, **metadata: Any) -> Signal:
+        """The next signal: new data, the same rate unless given, metadata added."""
+        return Signal(data, self.rate if rate is None else rate, {**self.metadata, **metadata})
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a stage's output may be from its record when the pipeline is replayed elsewhere, and why that far.
+
+    mean, largest: of the absolute difference, in the stage's unit. With `relative` they are shares of the largest recorded
+        value: 5e-4 for powers up to 20 allows 0.01.
+    """
+
+    mean: float
+    largest: float
+    why: str
+    relative: bool = False
+
+
+# A few float32 operations on values of about the same size.
+DEFAULT_TOLERANCE = Tolerance(5e-6, 5e-4, "float32 arithmetic", relative=True)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline, without state: `stage(signal) -> signal`.
+
+    A stage is a frozen dataclass. Its fields are its parameters, and a pipeline file gives them:
+
+        @dataclass(frozen=True)
+        class PreEmphasis(Stage, name="pre_emphasis"):
+            '''y[n] = x[n] - coefficient x[n - 1]: `(1, N)` float32 to `(1, N)`.'''
+
+            unit: ClassVar[str] = "full scale"
+            tolerance: ClassVar[Tolerance] = Tolerance(1e-6, 1e-5, "one float32 product and sum")
+            packages: ClassVar[tuple[str, ...]] = ("torch",)
+
+            coefficient: float
+
+            def __call__(self, signal: Signal) -> Signal:
+                x = signal.data
+                return signal.of(torch.cat([x[:, :1], x[:, 1:] - self.coefficient * x[:, :-1]], dim=1))
+
+    A default is given only where it is the field's convention; the normalised pipeline spells every parameter out. A stage
+    computes the same output for the same input, and raises what it cannot do: InputError for the input's fault.
+
+    name: what traces and reports call it.
+    unit: of the output's values, such as "dB". Reports subtract outputs of the same unit only. "" for a stage that passes
+        values on as they are, such as `replicate`: its output has the unit and the tolerance of the stage before.
+        A stage that does not say has a unit of its own.
+    tolerance: how exactly the output is reproduced on another machine. A stage with a unit that does not say has DEFAULT_TOLERANCE.
+    packages: the packages that compute the output, as pip names them. Their versions are recorded with it.
+    reads: of a stage that starts from encoded bytes, what they are: "audio" or "image".
+    cheap: whether running the stage takes less time than reading its output from a disk. Training keeps what comes before
+        the cheap stages at the end of a pipeline, and runs these every time.
+    comparison_only: True for a stage that imitates another system's fault, to measure it. It is never built into an archive.
+    """
+
+    name: ClassVar[str] = ""
+    unit: ClassVar[str] = ""
+    tolerance: ClassVar[Tolerance | None] = None
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+    reads: ClassVar[str] = ""
+    cheap: ClassVar[bool] = False
+    comparison_only: ClassVar[bool] = False
+
+    def __init_subclass__(cls, name: str, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.name = name
+        cls.unit = cls.__dict__.get("unit", name)
+        if cls.unit and cls.tolerance is None:
+            cls.tolerance = DEFAULT_TOLERANCE
+
+    def __call__(self, signal: Signal) -> Signal:
+        raise NotImplementedError
+
+    def needs(self, seconds: float, rate: int) -> float:
+        """Seconds of input, from the start, that determine the first `seconds` of output.
+
+        rate: the recording's own sampling rate in Hz. A stage that computes each sample from those before it needs no more
+        than it gives.
+        """
+        return seconds
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the stage has what it takes from a training set, such as a scaler's mean; True if it takes nothing."""
+        return True
+
+    def fit(self, data: torch.Tensor) -> Stage:
+        """This stage with what it takes from a training set: `data` is what comes before it, for all recordings."""
+        return self
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> Stage:
+        """The stage with a pipeline file's parameters; raises PipelineError for any that it does not know, lacks, or that
+        has another type than annotated."""
+        try:
+            return cls(**check(cls, params, f"stage '{cls.name}'"))
+        except DefinitionError as error:
+            raise PipelineError(str(error)) from error
+
+    def params(self) -> dict[str, Any]:
+        """Every parameter, spelt out, in plain YAML types."""
+        return {
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in dataclasses.fields(self)
+        }
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise PipelineError with the stage's name unless `condition` holds."""
+        if not condition:
+            raise PipelineError(f"stage '{self.name}': {message}")

@@ -1,0 +1,323 @@
+"""Weights out of the files that Keras writes, read as data.
+
+No layer is built or run and Keras is not imported, so neither a layer that fails to load nor code inside the file matters.
+Three kinds of file, told apart by their content:
+
+- `model.save("x.keras")`: a zip with config.json and model.weights.h5;
+- `model.save_weights("x.weights.h5")` of Keras 3: the latter alone, without the configuration;
+- `model.save("x.h5")`, and Keras 2's `save_weights`: HDF5 with `layer_names` and `weight_names`.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from torch import nn
+
+from skewless.importers.keras_graph import groups, read_graph
+from skewless.importers.pytorch import LegacyError
+from skewless.training.checkpoint import file_digest
+
+_MAX_WEIGHTS = 2**31  # bytes; ResNet-50 with an optimizer's two copies in float64 is a third of that
+_MAX_CONFIG = 2**26
+_MAX_GROUPS = 2_000
+_DAMAGE = (
+    OSError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+)  # of json, zipfile, HDF5
+_OLD_WORD = "_layer_checkpoint_dependencies"
+
+# The variables of a layer, in the order in which Keras 3 numbers them.
+_VARIABLES = {
+    nn.Conv2d: {"kernel": "weight", "bias": "bias"},
+    nn.Linear: {"kernel": "weight", "bias": "bias"},
+    nn.BatchNorm2d: {
+        "gamma": "weight",
+        "beta": "bias",
+        "moving_mean": "running_mean",
+        "moving_variance": "running_var",
+    },
+}
+
+
+@dataclass(frozen=True)
+class KerasFile:
+    """weights: a state dict for KerasResNet50. sha256: of the file. stages: what the model itself does to its input,
+    as stages of a pipeline. notes: what was left out, and what the file does not say."""
+
+    weights: dict[str, torch.Tensor]
+    sha256: str
+    stages: tuple[dict[str, dict[str, Any]], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Stored:
+    """A layer's variables, by their names or, in Keras 3's own files, by their numbers."""
+
+    name: str
+    variables: dict[str, h5py.Dataset]
+
+
+def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] = ()) -> KerasFile:
+    """The weights of a model that was built on `keras.applications.ResNet50`: its layers by name, wherever they are nested,
+    and the two dense layers of its head, whatever their names, in order.
+
+    network: a KerasResNet50 of the expected size.
+    replaced: names of layers in the model, before ResNet50, of which you know that the pipeline does their work.
+    Raises LegacyError for a file that is damaged, is of another kind, holds another network, or computes something that
+    the network or a pipeline's stages do not.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            if start == b"\x89HDF\r\n\x1a\n":
+                return _read_h5(path, file, None, "", network, replaced)
+            if start[:4] == b"PK\x03\x04":
+                with zipfile.ZipFile(file) as archive:
+                    config, version = json.loads(_member(archive, "config.json", _MAX_CONFIG)), _version(archive)
+                    weights = io.BytesIO(_member(archive, "model.weights.h5", _MAX_WEIGHTS))
+                return _read_h5(path, weights, config, version, network, replaced)
+    except LegacyError as error:
+        raise LegacyError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise LegacyError(f"there is no file {path}") from error
+    except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
+        raise LegacyError(f"{path} is damaged, or not as Keras writes it: {error!r}") from error
+    shown = start.hex(" ") or "nothing"
+    raise LegacyError(f"{path} starts with {shown}: neither a .keras file (a zip) nor HDF5; give what Keras saved")
+
+
+def check_trained(weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises LegacyError for layers that still are as Keras makes them: a batch normalisation that never saw a batch, a
+    dense layer whose biases are all exactly 0, which an optimizer's first step ends."""
+    fresh = [
+        name.removesuffix(".running_var")
+        for name, value in weights.items()
+        if name.endswith(".running_var") and bool((value == 1).all())
+    ]
+    fresh += [name for name in ("dense", "predictions") if not weights[f"{name}.bias"].any()]
+    if fresh:
+        more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
+        raise LegacyError(
+            f"these are not trained weights: {', '.join(fresh[:5])}{more} still have Keras' initial values. A model that is built "
+            "again has them until the trained weights are loaded into it; give the file that training saved"
+        )
+
+
+def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """A member's bytes, never more than `limit` of them, whatever its header says."""
+    found = [info for info in archive.infolist() if info.filename == name]
+    if len(found) != 1:
+        listed = ", ".join(info.filename for info in archive.infolist()[:8]) or "nothing"
+        raise LegacyError(f"it has {len(found)} members {name}, expected one; it holds {listed}")
+    with archive.open(found[0]) as member:
+        data = member.read(limit + 1)
+    if len(data) > limit:
+        raise LegacyError(f"its {name} has more than {limit:,} bytes, which no ResNet-50 needs")
+    return data
+
+
+def _version(archive: zipfile.ZipFile) -> str:
+    if "metadata.json" not in archive.namelist():
+        return ""
+    return str(json.loads(_member(archive, "metadata.json", _MAX_CONFIG)).get("keras_version", ""))
+
+
+def _read_h5(
+    path: Path, file: io.IOBase, config: Any, version: str, network: nn.Module, replaced: Collection[str]
+) -> KerasFile:
+    notes: list[str] = []
+    with h5py.File(file, "r") as root:
+        if config is None and "model_config" in root.attrs:
+            config = json.loads(_text(root.attrs["model_config"]))
+        graph = None if config is None else read_graph(config, network, replaced)
+        if "layer_names" in root.attrs or "model_weights" in root:
+            top = root if "layer_names" in root.attrs else _group(root, "model_weights")
+            stored, version = list(_by_variable(top)), _text(top.attrs.get("keras_version", ""))
+        else:
+            stored = list(_by_number(root, config))
+        weights, generators = _state_dict(stored, network, graph and graph.dense)
+        if graph is None:
+            notes.append("it holds weights alone: what its layers compute, and what comes before them, is not known")
+        else:
+            notes += graph.notes
+            if not graph.stages:
+                notes.append("the model does nothing to its input: what it was trained behind is not said")
+        if generators:
+            notes.append(f"left out, the state of random generators: {', '.join(generators)}")
+        if any(name in root for name in ("optimizer", "optimizer_weights")):
+            notes.append("left out: the optimizer's state")
+    notes.append("which class is which output is not said: the order is the decision's")
+    if version:
+        notes.append(f"written by Keras {version}")
+    return KerasFile(weights, file_digest(path), graph.stages if graph else (), tuple(notes))
+
+
+def _by_variable(top: h5py.Group) -> Iterator[_Stored]:
+    """Layers of Keras 2's layout: attributes list a model's layers, and each one's variables by path."""
+    for outer in _names(top, "layer_names"):
+        group = _group(top, outer)
+        found: dict[str, _Stored] = {}
+        for path in _names(group, "weight_names"):
+            # "model/conv1_conv/kernel:0": in a nested model's group, the path says whose variable it is.
+            *_, name, variable = path.removesuffix(":0").split("/")
+            found.setdefault(name, _Stored(name, {})).variables[variable] = _dataset(group, path)
+        yield from found.values()
+
+
+def _names(group: h5py.Group, attribute: str) -> list[str]:
+    """A list of names, which Keras spreads over several attributes where it is long."""
+    parts = [attribute] if attribute in group.attrs else []
+    if not parts:
+        numbered = (f"{attribute}{i}" for i in itertools.count())
+        parts = list(itertools.takewhile(group.attrs.__contains__, numbered))
+    if not parts:
+        raise LegacyError(f"its group {group.name} has no {attribute}")
+    return [_text(name) for part in parts for name in group.attrs[part]]
+
+
+def _by_number(root: h5py.File, config: Any) -> Iterator[_Stored]:
+    """Layers of Keras 3's layout: groups are named by class and count, variables are numbered. A layer's own name is an
+    attribute; files from before Keras wrote that are read by their configuration."""
+    # Keras 2.13 has another word for "layers".
+    word = next((name for name in ("layers", _OLD_WORD) if name in root), None)
+    if word is None:
+        raise LegacyError(
+            f"it holds {', '.join(root) or 'nothing'}, expected a Functional or Sequential model's layers"
+        )
+    configured = {} if config is None else {path: layer.name for path, layer in groups(config)}
+    for path, variables in _numbered(_group(root, word), "layers", [0]):
+        name = _text(variables.attrs["name"]) if "name" in variables.attrs else configured.get(path)
+        if name is None:
+            raise LegacyError(
+                f"its group {path} does not say which layer it is, as in weights of early Keras 3; give the .keras or .h5 file "
+                "of the whole model, which does"
+            )
+        if config is not None and configured.get(path) != name:
+            raise LegacyError(f"its group {path} is '{name}', by config.json {configured.get(path)!r}")
+        yield _Stored(name, {number: _dataset(variables, number) for number in sorted(variables, key=int)})
+
+
+def _numbered(group: h5py.Group, path: str, seen: list[int]) -> Iterator[tuple[str, h5py.Group]]:
+    """Every group of variables with its layer's path, in the model's order; not those of random generators."""
+    for child in sorted(group, key=_order):
+        inner = _group(group, child)
+        for name in inner:
+            seen[0] += 1
+            if seen[0] > _MAX_GROUPS:
+                raise LegacyError(f"it has more than {_MAX_GROUPS:,} groups; ResNet-50 has some hundreds")
+            if name in ("layers", _OLD_WORD):
+                yield from _numbered(_group(inner, name), f"{path}/{child}/layers", seen)
+            elif name == "vars":
+                if len(variables := _group(inner, name)):
+                    yield f"{path}/{child}", variables
+            elif name not in ("seed_generator", "generator", "random_generator"):
+                raise LegacyError(f"its group {path}/{child} holds '{name}', expected the variables of a layer")
+
+
+def _order(name: str) -> tuple[str, int]:
+    kind, _, number = name.rpartition("_")
+    return (kind, int(number)) if kind and number.isdecimal() else (name, 0)
+
+
+def _state_dict(
+    stored: list[_Stored], network: nn.Module, dense: tuple[str, str] | None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The network's state dict, and the layers left out because all they have is whole numbers: random generators'."""
+    layers = {name: module for name, module in network.named_children() if type(module) in _VARIABLES}
+    generators = [s.name for s in stored if all(v.dtype.kind in "iu" for v in s.variables.values())]
+    stored = [s for s in stored if s.name not in generators]
+    heads = list(dense or [s.name for s in stored if next(iter(s.variables.values())).ndim == 2])
+    if len(heads) != 2:
+        raise LegacyError(
+            f"it has {len(heads)} dense layers ({', '.join(heads) or 'none'}), expected 2 behind ResNet50"
+        )
+    ours = {heads[0]: "dense", heads[1]: "predictions"}
+    weights: dict[str, torch.Tensor] = {}
+    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape or type": []}
+    found: set[str] = set()
+    for layer in stored:
+        name = ours.get(layer.name, layer.name)
+        if name not in layers or name in found:
+            problems["unexpected"].append(layer.name)
+            continue
+        found.add(name)
+        module = layers[name]
+        names = _VARIABLES[type(module)]
+        by_number = dict(zip(map(str, range(len(names))), names, strict=True))
+        variables = {by_number.get(key, key): value for key, value in layer.variables.items()}
+        problems["missing"] += [f"{layer.name}/{key}" for key in names if key not in variables]
+        problems["unexpected"] += [f"{layer.name}/{key}" for key in variables if key not in names]
+        for key in names.keys() & variables.keys():
+            weight = _read_weight(variables[key], getattr(module, names[key]).shape)
+            if weight is None:
+                shown = f"{tuple(variables[key].shape)} {variables[key].dtype}"
+                problems["of another shape or type"].append(f"{layer.name}/{key} {shown}")
+            else:
+                weights[f"{name}.{names[key]}"] = weight
+        if isinstance(module, nn.BatchNorm2d):
+            weights[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+    problems["missing"] += [name for name in layers if name not in found]
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{len(v)} {k} ({', '.join(sorted(v)[:5])}{', ...' if len(v) > 5 else ''})"
+            for k, v in problems.items()
+            if v
+        )
+        raise LegacyError(f"its weights do not fit the network: {listed}")
+    return weights, generators
+
+
+def _read_weight(dataset: h5py.Dataset, shape: torch.Size) -> torch.Tensor | None:
+    """In PyTorch's layout; None, without having read it, for one that is not a float array of this shape."""
+    # Keras: convolutions (height, width, in, out), dense layers (in, out).
+    order = {4: (3, 2, 0, 1), 2: (1, 0)}.get(len(shape), (0,))
+    if dataset.dtype.kind != "f" or dataset.ndim != len(shape) or tuple(dataset.shape[i] for i in order) != shape:
+        return None
+    values = dataset[()]
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="))).permute(order).contiguous()
+
+
+def _group(parent: h5py.Group, path: str) -> h5py.Group:
+    found = _inside(parent, path)
+    if not isinstance(found, h5py.Group):
+        raise LegacyError(f"its {parent.name}/{path} is no group")
+    return found
+
+
+def _dataset(parent: h5py.Group, path: str) -> h5py.Dataset:
+    found = _inside(parent, path)
+    if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+        raise LegacyError(f"its {parent.name}/{path} is no array that lies in the file itself")
+    return found
+
+
+def _inside(parent: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
+    """What a path leads to, by hard links only: others can lead to other files."""
+    for name in path.split("/"):
+        link = parent.get(name, getlink=True) if isinstance(parent, h5py.Group) else None
+        if not isinstance(link, h5py.HardLink):
+            raise LegacyError(f"its {path} is {'missing' if link is None else f'a {type(link).__name__}'}")
+        parent = parent[name]
+    return parent
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

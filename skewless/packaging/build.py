@@ -1,0 +1,253 @@
+"""Build a model archive (.mar), after proving that what goes into it gives the numbers that evaluation recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from skewless import __version__, resources
+from skewless.core.definition import MODEL, PIPELINE, REQUIREMENTS, Definition
+from skewless.core.request import Request
+from skewless.core.selftest import SelfTestError, record
+from skewless.core.selftest.record import ENTRIES, REFERENCES
+from skewless.core.service import METRICS, ModelService
+from skewless.core.versions import library_versions
+from skewless.errors import BuildError
+from skewless.evaluation.evaluate import MIN_REFERENCE_SPREAD
+from skewless.packaging.execution import Execution
+from skewless.packaging.probes import probes
+from skewless.training.checkpoint import file_digest, load_checkpoint, network_of, trained
+
+VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
+
+TORCHSERVE = "model-config.yaml"
+
+
+def build_archive(
+    archive: Path,
+    checkpoint_path: Path,
+    evaluation: Path,
+    version: str,
+    out: Path,
+    *,
+    force: bool = False,
+    execution: Execution | None = None,
+) -> Path:
+    """Write `out/NAME-VERSION.mar` and return its path. The same inputs give the same bytes.
+
+    archive: a definition (pipeline.yaml, model.yaml, and TorchServe's model-config.yaml); its folder's name is the model's.
+    evaluation: what `skewless evaluate` wrote for this checkpoint.
+    execution: the runtime, when not the one that model.yaml names.
+    Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
+    another pipeline, weights that do not fit, an evaluation of another checkpoint, references that are not reproduced
+    within the tier's tolerance or that barely vary, a reduced precision whose AUC is another, or a different archive
+    already there (unless `force`).
+    """
+    if not VERSION.fullmatch(version):
+        raise BuildError(f"version is {version!r}, expected digits and letters joined by dots, such as 1.0")
+    for path in (archive / PIPELINE, archive / MODEL, archive / TORCHSERVE, evaluation / METRICS):
+        if not path.is_file():
+            raise BuildError(f"there is no {path}")
+    checkpoint = load_checkpoint(checkpoint_path)
+    definition = trained(Definition.read(archive), checkpoint)
+    name, pipeline = definition.name, definition.pipeline
+    _check_servable(definition)
+    execution = execution or Execution.of(definition.runtime)
+    network = network_of(checkpoint, definition)
+    measured = json.loads((evaluation / METRICS).read_text(encoding="utf-8"))
+    if measured.get("checkpoint_sha256") != file_digest(checkpoint_path):
+        raise BuildError(
+            f"{evaluation} measured another checkpoint than {checkpoint_path}; run `skewless evaluate` on this one"
+        )
+    if "classes" not in measured:
+        raise BuildError(f"{evaluation} was written by another version of `skewless evaluate`; run it again")
+    _check_trained(network, measured)
+    metrics = {
+        "model_name": name,
+        "model_version": version,
+        "threshold": measured["threshold"],
+        "pipeline_fingerprint": pipeline.fingerprint,
+        "pipeline": pipeline.to_dict(),
+        "network": definition.network,
+        "postprocess": definition.postprocess,
+        "code": definition.code,
+        "checkpoint_sha256": measured["checkpoint_sha256"],
+        "dataset_sha256": measured["dataset_sha256"],
+        "skewless_version": __version__,
+        "git_commit": _git_commit(),
+        "library_versions": library_versions(definition.packages),
+        "runtime": execution.metadata(),
+        "evaluation": measured,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = Path(scratch, "staged")
+        _copy_code(staged)
+        _copy_definition(definition, execution, staged)
+        shutil.copytree(evaluation / REFERENCES, staged / REFERENCES)
+        weights = execution.write_weights(network, pipeline, staged)
+        files = (weights.name, *network.files)
+        metrics["weights_sha256"] = {file: file_digest(staged / file) for file in files}
+        _write_metrics(metrics, staged)
+        if execution.tier == "reduced":
+            service = ModelService.load(staged, torch.device("cpu"), replay=False)
+            metrics["runtime"]["measured"] = execution.measure(service, evaluation)
+            _write_metrics(metrics, staged)
+        _run_self_test(staged)
+        unpacked = _archive_directory(staged, weights, name, version, Path(scratch))
+        target = out / f"{name}-{version}.mar"
+        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+        packed = Path(scratch, "packed")
+        _zip_reproducibly(unpacked, packed)
+        shutil.move(packed, unfinished)
+    if target.exists() and not force and target.read_bytes() != unfinished.read_bytes():
+        unfinished.unlink()
+        raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
+    unfinished.replace(target)
+    return target
+
+
+def _copy_code(staged: Path) -> None:
+    """The handler, and of this package what ships: `skewless.core`."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(resources.HANDLER, staged / "handler", ignore=ignored)
+    shutil.copytree(resources.CORE, staged / "skewless" / "core", ignore=ignored)
+    shutil.copyfile(resources.CORE.parent / "__init__.py", staged / "skewless" / "__init__.py")
+
+
+def _copy_definition(definition: Definition, execution: Execution, staged: Path) -> None:
+    """The folder's files: the pipeline with what training has fitted, model.yaml as it is, comments too, unless the
+    runtime is another, and the Python files, requirements and network files that they name."""
+    (staged / PIPELINE).write_text(definition.pipeline.to_yaml(), encoding="utf-8")
+    text = (definition.folder / MODEL).read_text(encoding="utf-8")
+    runtime = execution.definition(definition.runtime)
+    if definition.runtime != runtime:
+        text = yaml.safe_dump(yaml.safe_load(text) | {"runtime": runtime}, sort_keys=False)
+    (staged / MODEL).write_text(text, encoding="utf-8")
+    files = [TORCHSERVE, *definition.code, *definition.network_files]
+    files += [REQUIREMENTS] if (definition.folder / REQUIREMENTS).is_file() else []
+    for file in files:
+        (staged / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(definition.folder / file, staged / file)
+
+
+def _check_servable(definition: Definition) -> None:
+    taken = {"handler", "skewless", REFERENCES, "MAR-INF"}
+    if clash := [file for file in definition.code if Path(file).parts[0].removesuffix(".py") in taken]:
+        raise BuildError(f"{clash[0]} would take the place of the archive's own code; give the file another name")
+    imitating = [stage.name for stage in definition.pipeline.stages.values() if stage.comparison_only]
+    if imitating:
+        raise BuildError(
+            f"stage '{imitating[0]}' imitates another system to compare with, and cannot be served; use the stage that "
+            "training used"
+        )
+
+
+def _write_metrics(metrics: dict[str, Any], folder: Path) -> None:
+    (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _run_self_test(staged: Path) -> None:
+    """Record every stage for the references and the probes, and load the archive as a worker will."""
+    references = staged / REFERENCES
+    entries = json.loads((references / ENTRIES).read_text(encoding="utf-8"))
+    for entry in entries:
+        if file_digest(references / entry["file"]) != entry["sha256"]:
+            raise BuildError(f"reference {entry['file']} is not the file that was evaluated ({entry['source']})")
+    if len(entries) < 2:
+        raise BuildError(f"the evaluation kept {len(entries)} references, expected at least 2; evaluate again")
+    # One column per score; the one that moves most.
+    columns = zip(*(entry["scores"] for entry in entries), strict=True)
+    low, high = max(((min(c), max(c)) for c in columns), key=lambda ends: ends[1] - ends[0])
+    if not high - low >= MIN_REFERENCE_SPREAD:
+        raise BuildError(
+            f"the references' probabilities span only {high - low:.4f} (from {low:.4f} to {high:.4f}, "
+            f"expected at least {MIN_REFERENCE_SPREAD}): the network looks untrained; is this the trained checkpoint?"
+        )
+    device = torch.device("cpu")
+    untested = ModelService.load(staged, device, replay=False)
+    (references / "probes").mkdir()
+    for name, payload in probes(untested.pipeline.reads).items():
+        (references / "probes" / name).write_bytes(payload)
+    record(untested.definition, untested.runtime)
+    try:
+        service = ModelService.load(staged, device)
+    except SelfTestError as error:
+        raise BuildError(
+            f"the references are not reproduced, so weights, libraries or code are not the evaluation's: {error}"
+        ) from error
+    # The limits and the answer's fields are no part of the self-test.
+    for entry in entries:
+        (answer,) = service.predict([Request((references / entry["file"]).read_bytes())])
+        if answer.status != 200:
+            raise BuildError(f"the archive refuses its own reference {entry['file']}: {answer.body['message']}")
+
+
+def _check_trained(network: nn.Module, measured: dict[str, Any]) -> None:
+    # Keras and others draw a layer's weights at random and its bias as 0; the first optimizer step moves every bias.
+    fresh = [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and layer.bias is not None and not layer.bias.any()
+    ]
+    if fresh:
+        raise BuildError(
+            f"layer '{fresh[0]}' has a bias of exactly 0 throughout, as before the first step of training: its weights look "
+            "random, however good those of the other layers are; package the weights that training ended with"
+        )
+    if not measured["auc"] > 0.5:
+        raise BuildError(
+            f"the evaluation's AUC is {measured['auc']:.3f}, no better than guessing (0.5): the network looks untrained, or "
+            "its preprocessing is not the one it was trained with"
+        )
+
+
+def _git_commit() -> str:
+    """The commit the code is at, "-dirty" when tracked files differ from it, "unknown" outside a git checkout."""
+    command = ["git", "-C", str(resources.ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+def _archive_directory(staged: Path, weights: Path, name: str, version: str, scratch: Path) -> Path:
+    """Let torch-model-archiver lay out the archive, unzipped."""
+    config = staged / TORCHSERVE
+    command = [sys.executable, "-m", "model_archiver.model_packaging", "--archive-format", "no-archive"]
+    command += ["--model-name", name, "--version", version, "--handler", str(staged / "handler" / "entry.py")]
+    command += ["--serialized-file", str(weights), "--config-file", str(config), "--export-path", str(scratch)]
+    command += ["--extra-files", str(staged)]
+    # It gathers its files in TMPDIR/NAME, which two builds at once must not share.
+    temporary = scratch / "tmp"
+    temporary.mkdir()
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env={"TMPDIR": str(temporary)})
+    if result.returncode != 0:
+        raise BuildError(f"torch-model-archiver failed:\n{result.stdout}{result.stderr}")
+    return scratch / name
+
+
+def _zip_reproducibly(folder: Path, target: Path) -> None:
+    """Zip in sorted order with a fixed date; the manifest's creation time goes."""
+    manifest_path = folder / "MAR-INF" / "MANIFEST.json"
+    manifest: dict[str, Any] = json.loads(manifest_path.read_text(encoding="utf-8"))
+    manifest.pop("createdOn", None)
+    manifest_path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    with zipfile.ZipFile(target, "w") as archive:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
+            info.external_attr = 0o644 << 16
+            # Weights do not compress; storing them keeps building and loading fast.
+            stored = path.suffix in (".safetensors", ".onnx")
+            info.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
+            archive.writestr(info, path.read_bytes())

@@ -1,0 +1,149 @@
+"""Two pipelines side by side, and the edits that turn one into the other."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from skewless.core.pipeline import Pipeline
+from skewless.core.stages import Stage
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change on the way from the reference to the candidate; `changes` maps a parameter to (before, after)."""
+
+    kind: Literal["parameters", "replaced", "moved", "removed", "inserted"]
+    stage: str
+    successor: str = ""
+    changes: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        changed = ", ".join(f"{name} {before} → {after}" for name, (before, after) in self.changes.items())
+        if self.kind == "parameters":
+            return f"{self.stage}: {changed}"
+        if self.kind == "replaced":
+            return f"{self.stage} replaced by {self.successor}"
+        return f"{self.stage} {self.kind}" + (f", {changed}" if changed else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One place in the alignment: the stage that each pipeline has there, by its key, or None. edit: index, or None."""
+
+    reference: tuple[str, Stage] | None
+    candidate: tuple[str, Stage] | None
+    edit: int | None = None
+
+    @property
+    def paired(self) -> bool:
+        return self.reference is not None and self.candidate is not None
+
+    @property
+    def label(self) -> str:
+        """The stage's key, the reference's where both have one."""
+        return (self.reference or self.candidate)[0]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Two pipelines side by side, and the edits that turn the first into the second, in pipeline order."""
+
+    rows: tuple[Row, ...]
+    edits: tuple[Edit, ...]
+
+    def stages(self, applied: frozenset[int]) -> tuple[Stage, ...]:
+        """The reference's stages with some of the edits applied: none gives the reference, all the candidate."""
+        sides = [row.candidate if row.edit in applied else row.reference for row in self.rows]
+        return tuple(side[1] for side in sides if side is not None)
+
+    def definition(self, row: Row) -> str:
+        """How the definitions differ at a row, in words."""
+        if row.edit is None:
+            return "same"
+        edit = self.edits[row.edit]
+        if edit.kind == "parameters":
+            return str(edit).removeprefix(f"{edit.stage}: ")
+        if edit.kind == "replaced":
+            return f"replaced by {edit.successor}"
+        if edit.kind == "moved":
+            return "moved away in candidate" if row.candidate is None else "moved here in candidate"
+        return "missing in candidate" if row.candidate is None else "added in candidate"
+
+
+def align(reference: Pipeline, candidate: Pipeline) -> Alignment:
+    """Align stages by name, in order (difflib).
+
+    A stage that only changed its place is one edit on two rows. Of the other stages between two matches, the first of
+    each side are taken for one another's replacement, then the second, and the rest is removed or inserted.
+    """
+    ours, theirs = list(reference.stages.items()), list(candidate.stages.items())
+    blocks = difflib.SequenceMatcher(
+        a=[stage.name for _, stage in ours], b=[stage.name for _, stage in theirs], autojunk=False
+    ).get_opcodes()
+    moves = _moves(
+        [i for tag, i0, i1, _, _ in blocks if tag != "equal" for i in range(i0, i1)],
+        [j for tag, _, _, j0, j1 in blocks if tag != "equal" for j in range(j0, j1)],
+        ours,
+        theirs,
+    )
+    origins = {j: i for i, j in moves.items()}
+    rows: list[Row] = []
+    edits: list[Edit] = []
+    numbers: dict[int, int] = {}
+
+    def add(i: int | None, j: int | None) -> None:
+        a, b = (None if i is None else ours[i]), (None if j is None else theirs[j])
+        origin = i if j is None else origins.get(j)
+        if origin in moves:
+            if origin not in numbers:
+                numbers[origin] = len(edits)
+                key, stage = ours[origin]
+                edits.append(Edit("moved", key, changes=_changes(stage, theirs[moves[origin]][1])))
+            rows.append(Row(a, b, numbers[origin]))
+            return
+        if a and b and a[1] == b[1]:
+            rows.append(Row(a, b))
+            return
+        if a and b and a[1].name == b[1].name:
+            edits.append(Edit("parameters", a[0], changes=_changes(a[1], b[1])))
+        elif a and b:
+            edits.append(Edit("replaced", a[0], successor=b[0]))
+        else:
+            edits.append(Edit("removed", a[0]) if a else Edit("inserted", b[0]))
+        rows.append(Row(a, b, len(edits) - 1))
+
+    for _, i, i1, j, j1 in blocks:
+        for pi, pj in zip(
+            [k for k in range(i, i1) if k not in moves], [k for k in range(j, j1) if k not in origins], strict=False
+        ):
+            for k in range(i, pi):
+                add(k, None)
+            for k in range(j, pj):
+                add(None, k)
+            add(pi, pj)
+            i, j = pi + 1, pj + 1
+        for k in range(i, i1):
+            add(k, None)
+        for k in range(j, j1):
+            add(None, k)
+    return Alignment(tuple(rows), tuple(edits))
+
+
+def _moves(
+    removed: list[int], added: list[int], ours: list[tuple[str, Stage]], theirs: list[tuple[str, Stage]]
+) -> dict[int, int]:
+    """Which of the removed stages come back elsewhere: index in the reference to index in the candidate."""
+    found: dict[int, int] = {}
+    for i in removed:
+        twins = [j for j in added if theirs[j][1].name == ours[i][1].name and j not in found.values()]
+        if twins:
+            found[i] = twins[0]
+    return found
+
+
+def _changes(before: Stage, after: Stage) -> dict[str, tuple[Any, Any]]:
+    a, b = before.params(), after.params()
+    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}

@@ -1,0 +1,165 @@
+"""Send the archive's reference recordings to a running server, by every path, and compare probabilities."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from skewless.core.definition import MODEL, read_model
+from skewless.core.postprocess import Postprocessor, build_postprocessor
+from skewless.errors import UsageError
+from skewless.torchserve.client import Answer, Client
+from skewless.torchserve.server import Server
+
+# Enough requests at once for batches to form, few enough for a small machine's queue.
+_CONCURRENCY = 8
+
+
+@dataclass(frozen=True)
+class References:
+    """What an archive promises: inputs, and the probabilities each must get."""
+
+    postprocessor: Postprocessor
+    entries: list[dict[str, Any]]
+    payloads: list[bytes]
+    fingerprint: str
+    tolerance: float
+
+    @classmethod
+    def from_archive(cls, path: Path) -> References:
+        """Read them out of a .mar file. Post-processing of the archive's own is imported, as a worker imports it."""
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            entries = json.loads(archive.read("references/references.json"))
+            metrics = json.loads(archive.read("metrics.json"))
+            for name in (MODEL, *metrics["code"]):
+                archive.extract(name, folder)
+            postprocess = read_model(Path(folder, MODEL))["postprocess"]
+            return cls(
+                build_postprocessor(postprocess, folder),
+                entries,
+                [archive.read(f"references/{entry['file']}") for entry in entries],
+                metrics["pipeline_fingerprint"],
+                metrics["runtime"]["tolerance"],
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One path's result over some files. max_dp is NaN when an answer was no prediction; problems says why. tolerance: its tier's."""
+
+    path: str
+    files: int
+    max_dp: float
+    flips: int
+    p50_ms: float
+    p95_ms: float
+    problems: tuple[str, ...]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems and self.max_dp <= self.tolerance
+
+
+def smoke_test(server: Server, model: str, version: str | None = None) -> list[Row]:
+    """One row for each way to ask: REST raw body, REST multipart and gRPC, the default and the versioned path, one at
+    a time and concurrently. Only the default version is asked for by the default path.
+
+    Raises UsageError when the model or the version is not registered.
+    """
+    registered = {m["version"]: m for m in server.models() if m["name"] == model}
+    if not registered:
+        raise UsageError(f"no model '{model}' is registered; register one with `skewless register`")
+    default = next((v for v, m in registered.items() if m["default"]), None)
+    version = version or default
+    if version not in registered:
+        raise UsageError(f"{model} has no version {version}; registered: {', '.join(sorted(registered))}")
+    with Client(server) as client:
+        archive = client.describe(model, version, customized=False)["modelUrl"]
+        references = References.from_archive(server.model_store / archive)
+        return [
+            _measure(name, send, references, version, workers)
+            for name, send, workers in tqdm(list(_paths(client, model, version, version == default)), desc="smoke test")
+        ]
+
+
+def _paths(
+    client: Client, model: str, version: str, is_default: bool
+) -> Iterator[tuple[str, Callable[[bytes], Answer], int]]:
+    kinds = {
+        "REST body": client.predict_rest,
+        "REST multipart": partial(client.predict_rest, multipart=True),
+        "gRPC": client.predict_grpc,
+    }
+    for kind, send in kinds.items():
+        for asked in ([None] if is_default else []) + [version]:
+            for workers in (1, _CONCURRENCY):
+                how = "one at a time" if workers == 1 else f"{workers} at once"
+                where = f"version {asked}" if asked else "default"
+                yield f"{kind}, {where}, {how}", partial(send, model, version=asked), workers
+
+
+def _measure(path: str, send: Callable[..., Answer], references: References, version: str, workers: int) -> Row:
+    with ThreadPoolExecutor(workers) as pool:
+        answers = list(pool.map(send, references.payloads))
+    differences, flips, problems, unanswered = [], 0, [], 0
+    postprocessor = references.postprocessor
+    for entry, answer in zip(references.entries, answers, strict=True):
+        if answer.status != 200:
+            problems.append(f"{entry['file']}: {answer.status} {answer.body.get('message')}")
+            unanswered += 1
+            continue
+        body = answer.body
+        scores, chosen = postprocessor.read(body)
+        differences += [abs(p - evaluated) for p, evaluated in zip(scores, entry["scores"], strict=True)]
+        if chosen != postprocessor.choose(tuple(entry["scores"]), body["threshold_used"]):
+            flips += 1
+            if not _is_close_call(entry["scores"], body["threshold_used"], references.tolerance):
+                problems.append(
+                    f"{entry['file']}: decided for {postprocessor.classes[chosen]}, evaluated {entry['scores']}"
+                )
+        served = (body["model_version"], body["pipeline_fingerprint"])
+        if served != (version, references.fingerprint):
+            problems.append(f"{entry['file']}: answered by version {served[0]}, pipeline {served[1][:12]}")
+    milliseconds = [1000 * answer.seconds for answer in answers]
+    return Row(
+        path,
+        len(answers),
+        float("nan") if unanswered else max(differences),
+        flips,
+        float(np.percentile(milliseconds, 50)),
+        float(np.percentile(milliseconds, 95)),
+        tuple(problems),
+        references.tolerance,
+    )
+
+
+def _is_close_call(scores: list[float], threshold: float, tolerance: float) -> bool:
+    """Whether scores within the tolerance of these may decide otherwise."""
+    if len(scores) == 1:
+        return abs(scores[0] - threshold) <= tolerance
+    first, second = sorted(scores)[-1:-3:-1]
+    return first - second <= 2 * tolerance
+
+
+def as_table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    width = max(len(row.path) for row in rows)
+    lines = [f"{'path':{width}}  files  max |dp|  flips  p50 ms  p95 ms"]
+    for row in rows:
+        lines.append(
+            f"{row.path:{width}}  {row.files:5}  {row.max_dp:8.1e}  {row.flips:5}  {row.p50_ms:6.0f}  {row.p95_ms:6.0f}"
+            + ("" if row.passed else "  FAILED")
+        )
+        lines += [f"    {problem}" for problem in row.problems]
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""A pipeline's costly part on disk, so that an epoch does not decode and filter every recording again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from skewless.core import stages
+from skewless.core.pipeline import Pipeline
+from skewless.core.stages import InputError, Signal
+from skewless.core.versions import library_versions
+from skewless.training.manifest import Recording
+
+
+class UnreadableRecordings(ValueError):
+    """Recordings that the pipeline could not read: `failures` maps each path to the reason."""
+
+    def __init__(self, failures: dict[str, str]):
+        self.failures = failures
+        listed = "\n".join(f"  {path}: {reason}" for path, reason in failures.items())
+        super().__init__(f"{len(failures)} recording(s) cannot be read:\n{listed}")
+
+
+def report_unreadable(failures: dict[str, str], skip: bool) -> None:
+    """Raise UnreadableRecordings when there are any; with `skip`, print its message instead."""
+    if failures:
+        problem = UnreadableRecordings(failures)
+        if not skip:
+            raise problem
+        print(f"skipping: {problem}")
+
+
+class StageCache:
+    """The pipeline, cut in two: the costly stages' output is computed once per input and kept, `finish` runs every time.
+
+    The cut is before the cheap stages at the end, such as one that replicates channels, and before the first stage that
+    training fits, such as a scaler. Entries live below a folder named
+    after the fingerprint of the cached stages, their code and the libraries they call, and are named after the digest of
+    the input's bytes: whatever could change a number is another entry.
+    """
+
+    def __init__(self, root: str | Path, pipeline: Pipeline):
+        self._first, self._last = _cut(pipeline)
+        # Of what is kept: what kind of values they are.
+        self.unit = list(self._first.stages.values())[-1].unit
+        self._dir = Path(root) / _key(self._first)
+        self._dir.mkdir(parents=True, exist_ok=True)
+
+    def prepare(
+        self, recordings: Iterable[Recording], *, skip_unreadable: bool = False
+    ) -> list[tuple[Recording, Path]]:
+        """Compute what is missing, with a progress bar; each readable input with its entry.
+
+        Raises UnreadableRecordings listing every recording that cannot be read, unless `skip_unreadable`, which
+        prints the same list and leaves them out.
+        """
+        entries, failures = [], {}
+        for recording in tqdm(list(recordings), desc="preprocessing", unit="file"):
+            try:
+                entries.append((recording, self._entry(recording.path.read_bytes())))
+            except InputError as error:
+                failures[recording.file_path] = str(error)
+        report_unreadable(failures, skip_unreadable)
+        return entries
+
+    def fit(self, entries: Iterable[tuple[Recording, Path]]) -> None:
+        """Fit the stages that take something from a training set, in order, to these entries."""
+        if self._last is None or not self._last.unfitted:
+            return
+        data = torch.cat([self.load(path) for _, path in entries])
+        for name, stage in self._last.stages.items():
+            if not stage.fitted:
+                self._last = self._last.replace(**{name: stage.fit(data)})
+            data = self._last.stages[name](Signal(data)).data
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The whole pipeline, fitted where `fit` has been called."""
+        last = [] if self._last is None else list(self._last.stages.values())
+        return Pipeline(self._first.name, list(self._first.stages.values()) + last)
+
+    def load(self, path: Path) -> torch.Tensor:
+        """What is kept of one input, `(S, ...)`."""
+        return torch.from_numpy(np.load(path))
+
+    def finish(self, kept: torch.Tensor) -> torch.Tensor:
+        """The costly stages' output `(S, ...)` to the network's input, float32."""
+        if self._last is None:
+            return kept
+        return deque(self._last.resume(Signal(kept)), maxlen=1).pop()[1].data
+
+    def _entry(self, payload: bytes) -> Path:
+        path = self._dir / f"{hashlib.sha256(payload).hexdigest()}.npy"
+        if not path.exists():
+            unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+            with open(unfinished, "wb") as file:
+                np.save(file, self._first(payload).numpy())
+            unfinished.replace(path)
+        return path
+
+
+def _cut(pipeline: Pipeline) -> tuple[Pipeline, Pipeline | None]:
+    names = list(pipeline.stages)
+    cheap = [pipeline.stages[name].cheap for name in names]
+    kept = len(names) - next((k for k, c in enumerate(reversed(cheap)) if not c), len(names))
+    # What is not fitted yet cannot be kept, nor what comes behind it.
+    kept = min([kept, *(names.index(name) for name in pipeline.unfitted)])
+    if kept == 0:
+        raise ValueError(f"pipeline '{pipeline.name}' begins with '{names[0]}', expected a stage that decodes a file")
+    return (pipeline, None) if kept == len(names) else pipeline.split(before=names[kept])
+
+
+def _key(pipeline: Pipeline) -> str:
+    code = b"".join(path.read_bytes() for path in sorted(Path(stages.__file__).parent.glob("*.py")))
+    parts = json.dumps([pipeline.fingerprint, library_versions(pipeline.packages)]).encode() + code
+    return f"{pipeline.fingerprint[:16]}-{hashlib.sha256(parts).hexdigest()[:8]}"

@@ -1,0 +1,105 @@
+"""The checkpoint: weights together with everything the number depends on. Loads without running code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skewless.core.definition import Definition
+from skewless.core.networks import Network
+from skewless.core.pipeline import Pipeline, fingerprint_of
+
+_KEYS = ("epoch", "model_state_dict", "pipeline", "pipeline_fingerprint", "network", "postprocess", "code", "history")
+
+
+class CheckpointError(ValueError):
+    """A file that is not a checkpoint of this project, or one whose parts do not fit together."""
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write tensors and plain Python values; an interrupted write leaves the previous file."""
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(checkpoint, unfinished)
+    unfinished.replace(path)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU without unpickling code; raises CheckpointError saying what is wrong with it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint {path}") from error
+    except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
+        raise CheckpointError(f"{path} is not a checkpoint that loads without running code: {error}") from error
+    missing = [k for k in _KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)}: it was not written by `skewless train`; `skewless import` takes others"
+        )
+    if fingerprint_of(checkpoint["pipeline"]) != checkpoint["pipeline_fingerprint"]:
+        raise CheckpointError(f"{path}: its pipeline does not have the fingerprint it records; the file was edited")
+    return checkpoint
+
+
+def trained(definition: Definition, checkpoint: dict[str, Any]) -> Definition:
+    """The definition with what training has fitted, such as a scaler's statistics.
+
+    Raises CheckpointError, saying what differs, for a checkpoint that was trained with another pipeline, post-processing
+    or own code: its numbers would not be those of this definition.
+    """
+    theirs = Pipeline.from_dict(checkpoint["pipeline"], definition.folder)
+    pipeline = definition.pipeline.with_fitted_stages_of(theirs)
+    if pipeline.unfitted:
+        raise CheckpointError(
+            f"stage '{pipeline.unfitted[0]}' has no statistics of a training set, neither in the archive's pipeline nor in the "
+            "checkpoint's; train with `skewless train`, which writes them into the checkpoint"
+        )
+    if pipeline.fingerprint != theirs.fingerprint:
+        differences = "\n".join(f"  {d}" for d in pipeline.diff(theirs))
+        raise CheckpointError(
+            "the checkpoint was trained with another pipeline than the archive defines ('here': the archive, 'there': "
+            f"the checkpoint):\n{differences}"
+        )
+    if definition.postprocess != checkpoint["postprocess"]:
+        raise CheckpointError(
+            f"the checkpoint was trained with the post-processing {checkpoint['postprocess']}, model.yaml has "
+            f"{definition.postprocess}; the names of the classes, their order and the threshold belong to the numbers: train "
+            "again, or put the post-processing back"
+        )
+    fitted = replace(definition, pipeline=pipeline)
+    if changed := [f for f in {**fitted.code, **checkpoint["code"]} if fitted.code.get(f) != checkpoint["code"].get(f)]:
+        raise CheckpointError(
+            f"{', '.join(sorted(changed))} is not the code that the checkpoint was trained with; put it back, or train again"
+        )
+    return fitted
+
+
+def network_of(checkpoint: dict[str, Any], definition: Definition) -> Network:
+    """The definition's network with the checkpoint's weights, in eval mode.
+
+    Raises CheckpointError listing missing, unexpected and misshapen keys.
+    """
+    network = definition.build_network()
+    weights, expected = checkpoint["model_state_dict"], network.state_dict()
+    problems = {
+        "missing": sorted(set(expected) - set(weights)),
+        "unexpected": sorted(set(weights) - set(expected)),
+        "of another shape": sorted(k for k in set(expected) & set(weights) if expected[k].shape != weights[k].shape),
+    }
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{len(v)} {k} ({', '.join(v[:5])}{', ...' if len(v) > 5 else ''})" for k, v in problems.items() if v
+        )
+        raise CheckpointError(f"the weights do not fit the network: {listed}")
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
