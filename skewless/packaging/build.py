@@ -94,7 +94,7 @@ def build_archive(
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch, "staged")
-        _copy_code(staged)
+        copy_code(staged)
         _copy_definition(definition, execution, staged)
         shutil.copytree(evaluation / REFERENCES, staged / REFERENCES)
         weights = execution.write_weights(network, pipeline, staged)
@@ -119,7 +119,7 @@ def build_archive(
     return target
 
 
-def _copy_code(staged: Path) -> None:
+def copy_code(staged: Path) -> None:
     """The handler, and of this package what ships: `skewless.core`."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(resources.HANDLER, staged / "handler", ignore=ignored)
