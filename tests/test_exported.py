@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from skewless.core.networks.exported import ExportedError, ExportedNetwork, check_pt2
+from skewless.core.networks.exported import ExportedNetwork
+from skewless.core.networks.pt2 import ExportedError, check_pt2
 
 PROGRAM = "archive/models/model.json"
 WEIGHTS = "archive/data/weights/model_weights_config.json"
