@@ -354,6 +354,9 @@ def as_checkpoint(legacy: Legacy, network: nn.Module, definition: Definition) ->
         "model_state_dict": {k: v.clone() for k, v in network.state_dict().items()},
         "optimizer_state_dict": {},
         "library_versions": {},
+        "validation_scores": {},
+        "stage_sources": {},
+        "stage_outputs": {},
         "history": [],
         "imported_from": {"sha256": legacy.sha256, "epoch": legacy.epoch, "val_auc": legacy.val_auc},
     }
