@@ -110,7 +110,8 @@ def skew_report(
     }
     paths = {sample.name: sample.path for sample in samples}
     shown = [
-        Example(entry, *comparator.traces(paths[entry["name"]].read_bytes())) for entry in most_changed(report, examples)
+        Example(entry, *comparator.traces(paths[entry["name"]].read_bytes()))
+        for entry in most_changed(report, examples)
     ]
     out.mkdir(parents=True, exist_ok=True)
     write_json(report, out / REPORT)
