@@ -31,6 +31,7 @@ from skewless.training.checkpoint import CheckpointError, load_checkpoint, save_
 from skewless.training.losses import Objective, objective_of
 from skewless.training.manifest import Recording, manifest_digest, require_every_class, select
 from skewless.training.offline_augmentation import copies
+from skewless.training.untrained import untrained_layers
 
 Entry = tuple[Recording, Path]
 
@@ -220,6 +221,8 @@ def fit(
             "optimizer_state_dict": optimizer.state_dict(),
             "library_versions": library_versions(definition.packages),
             "history": history,
+            # An encoder that was left as it was drawn is meant to be so.
+            "accepted_untrained": _names_of_untrained(network) if config.trained == "head" else [],
         }
         if _best_epoch(history) == epoch:
             save_checkpoint(out / "best.pth", checkpoint)
@@ -235,6 +238,10 @@ def fit(
     if best["history"] != history:
         save_checkpoint(out / "best.pth", best | {"history": history})
     return load_checkpoint(out / "best.pth")
+
+
+def _names_of_untrained(network: nn.Module) -> list[str]:
+    return [finding.layer for finding in untrained_layers(network).findings]
 
 
 def _resume(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:

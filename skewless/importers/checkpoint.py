@@ -1,0 +1,62 @@
+"""The checkpoint that an import writes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from skewless.core.definition import Definition
+from skewless.importers.imported_file import ImportedFile
+from skewless.training.checkpoint import load_checkpoint, save_checkpoint
+
+
+def checkpoint_of(
+    file: ImportedFile, network: nn.Module, definition: Definition, accepted: Collection[str] = ()
+) -> dict[str, Any]:
+    """A checkpoint with the keys that training writes. What the file does not say is None or empty, and epoch 0.
+
+    network: with the file's weights. Of an exported network the checkpoint holds no weights: they are in the archive's
+        folder, in the file whose digest `imported_from` keeps.
+    accepted: layers that look untrained and are rightly so.
+    validation_scores is empty: what training itself computed is in no file, so there is nothing to prove evaluation by.
+    """
+    weights = {} if definition.network_files else network.state_dict()
+    return {
+        "config": dict(file.config),
+        "pipeline": definition.pipeline.to_dict(),
+        "pipeline_fingerprint": definition.pipeline.fingerprint,
+        "network": definition.network,
+        "postprocess": definition.postprocess,
+        "code": definition.code,
+        "manifest_sha256": None,
+        "epoch": file.epoch or 0,
+        "val_auc": file.val_auc,
+        "val_ap": None,
+        # Cloned: a view would be saved with all that it is a view of.
+        "model_state_dict": {name: value.clone() for name, value in weights.items()},
+        "optimizer_state_dict": {},
+        "library_versions": {},
+        "history": [],
+        "validation_scores": {},
+        "accepted_untrained": sorted(accepted),
+        "imported_from": {
+            "format": file.format,
+            "sha256": file.sha256,
+            "epoch": file.epoch,
+            "val_auc": file.val_auc,
+        },
+    }
+
+
+def write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Save the checkpoint, and let it appear under its name once it has been read back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as scratch:
+        unfinished = Path(scratch, path.name)
+        save_checkpoint(unfinished, checkpoint)
+        load_checkpoint(unfinished)
+        unfinished.replace(path)
