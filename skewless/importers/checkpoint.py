@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from skewless.core.definition import Definition
+from skewless.core.files import atomic
 from skewless.importers.imported_file import ImportedFile
-from skewless.training.checkpoint import load_checkpoint, save_checkpoint
+from skewless.training.checkpoint import load_checkpoint
 
 
 def checkpoint_of(
@@ -22,7 +23,8 @@ def checkpoint_of(
     network: with the file's weights. Of an exported network the checkpoint holds no weights: they are in the archive's
         folder, in the file whose digest `imported_from` keeps.
     accepted: layers that look untrained and are rightly so.
-    validation_scores is empty: what training itself computed is in no file, so there is nothing to prove evaluation by.
+    validation_scores, stage_sources and stage_outputs are empty: the file does not hold what training itself computed, so
+    evaluation has nothing to reproduce.
     """
     weights = {} if definition.network_files else network.state_dict()
     return {
@@ -42,6 +44,8 @@ def checkpoint_of(
         "library_versions": {},
         "history": [],
         "validation_scores": {},
+        "stage_sources": {},
+        "stage_outputs": {},
         "accepted_untrained": sorted(accepted),
         "imported_from": {
             "format": file.format,
@@ -53,10 +57,8 @@ def checkpoint_of(
 
 
 def write(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Save the checkpoint, and let it appear under its name once it has been read back."""
+    """Save the checkpoint; it appears under its name once it has been read back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as scratch:
-        unfinished = Path(scratch, path.name)
-        save_checkpoint(unfinished, checkpoint)
+    with atomic(path) as unfinished:
+        torch.save(checkpoint, unfinished)
         load_checkpoint(unfinished)
-        unfinished.replace(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from torch import nn
 
 from skewless import __version__, resources
 from skewless.core.definition import MODEL, PIPELINE, REQUIREMENTS, Definition
+from skewless.core.files import atomic
 from skewless.core.request import Request
 from skewless.core.selftest import SelfTestError, record
 from skewless.core.selftest.record import ENTRIES, REFERENCES
@@ -114,15 +114,13 @@ def build_archive(
             _write_metrics(metrics, staged)
         _run_self_test(staged)
         unpacked = _archive_directory(staged, weights, name, version, Path(scratch))
-        target = out / f"{name}-{version}.mar"
-        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
         packed = Path(scratch, "packed")
         _zip_reproducibly(unpacked, packed)
-        shutil.move(packed, unfinished)
-    if target.exists() and not force and target.read_bytes() != unfinished.read_bytes():
-        unfinished.unlink()
-        raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
-    unfinished.replace(target)
+        target = out / f"{name}-{version}.mar"
+        if target.exists() and not force and target.read_bytes() != packed.read_bytes():
+            raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
+        with atomic(target) as unfinished:
+            shutil.move(packed, unfinished)
     return target
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,15 @@ from typing import Any
 import torch
 
 from skewless.core.definition import Definition
+from skewless.core.files import atomic
 from skewless.core.networks import Network
 from skewless.core.pipeline import Pipeline, fingerprint_of
 
-_KEYS = ("epoch", "model_state_dict", "pipeline", "pipeline_fingerprint", "network", "postprocess", "code", "history")
+_KEYS = (
+    *("epoch", "model_state_dict", "pipeline", "pipeline_fingerprint", "network", "postprocess", "code", "history"),
+    # What evaluation has to reproduce; all three are empty in an imported checkpoint.
+    *("validation_scores", "stage_sources", "stage_outputs"),
+)
 
 
 class CheckpointError(ValueError):
@@ -23,9 +27,8 @@ class CheckpointError(ValueError):
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write tensors and plain Python values; an interrupted write leaves the previous file."""
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(checkpoint, unfinished)
-    unfinished.replace(path)
+    with atomic(path) as unfinished:
+        torch.save(checkpoint, unfinished)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
