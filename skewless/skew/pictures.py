@@ -257,10 +257,12 @@ def segment_images(example: Example) -> list[Images]:
     both = [a[chosen], b[chosen]]
     limits = min(float(x.min()) for x in both), max(float(x.max()) for x in both)
     name = _segment_name(chosen, times)
-    rank = "the shared one that differs most" if delta.any() else "the same in both, as every shared one"
+    rank = ", the shared one that differs most" if delta.any() else ", the same in both, as every shared one"
+    if shared == 1:
+        rank = "" if delta.any() else ", the same in both"
     found = [
         Images(
-            f"{name}, {rank} (output of '{stage}')",
+            f"{name}{rank} (output of '{stage}')",
             _image(both[0], times[chosen], "magma", limits, unit, f"Reference, {name}"),
             _image(both[1], times[chosen], "magma", limits, unit, f"Candidate, {name}"),
             _difference_image(delta[chosen], times[chosen], unit, name),
