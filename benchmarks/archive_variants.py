@@ -17,7 +17,7 @@ from tqdm import tqdm
 from skewless.core.pipeline import Pipeline
 from skewless.skew.skew import Comparator, summarize
 from skewless.training.checkpoint import load_checkpoint
-from skewless.evaluation.evaluate import service_of
+from skewless.evaluation.scores import service_of
 from skewless.training.manifest import SPLITS, read_manifest, select
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from skewless.core.pipeline import Pipeline
 from skewless.training.checkpoint import load_checkpoint
-from skewless.evaluation.evaluate import service_of
+from skewless.evaluation.scores import service_of
 from skewless.training.manifest import read_manifest, select
 
 matplotlib.use("Agg")

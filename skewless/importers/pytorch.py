@@ -26,7 +26,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from skewless.core.definition import Definition
 from skewless.core.numerics import TOLERANCES
 from skewless.core.pipeline import Pipeline
-from skewless.evaluation.evaluate import MIN_REFERENCE_SPREAD, predict, service_of
+from skewless.evaluation.references import MIN_REFERENCE_SPREAD
+from skewless.evaluation.scores import predict, service_of
 from skewless.training.cache import UnreadableRecordings
 from skewless.training.checkpoint import CheckpointError, file_digest, load_checkpoint, network_of, save_checkpoint
 from skewless.training.manifest import Recording

@@ -17,7 +17,7 @@ from skewless.core.postprocess import Postprocessor
 from skewless.core.runtimes import Runtime
 from skewless.core.service import Scored
 from skewless.core.stages import InputError, Payload, PipelineError, Signal, Stage
-from skewless.evaluation.evaluate import at_threshold
+from skewless.evaluation.metrics import at_threshold
 from skewless.skew.align import Alignment, Row, align
 
 
