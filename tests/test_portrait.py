@@ -1,4 +1,4 @@
-"""The picture stages against the NumPy oracle, Keras and another JPEG decoder; the classes' post-processing; the drawn corpus."""
+"""The picture stages against the NumPy oracle, Keras and another JPEG decoder; the classes' decision; the drawn corpus."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from PIL.ExifTags import Base
 
-from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import build_postprocessor
+from skewless.core.pipeline import Pipeline
 from skewless.core.stages import InputError, Payload, PipelineError, Signal
 from skewless.core.stages.image import DecodeImage
-from skewless.demos import portrait as corpus
 from tests.keras_on_torch import keras
 from tests.oracles import portrait as oracle
 from tests.recordings import one_thread  # noqa: F401
+from skewless.demos import portrait as corpus
 
 ARCHIVE = Path(__file__).parents[1] / "archive" / "portrait"
 PIPELINE = Pipeline.from_yaml(ARCHIVE / "pipeline.yaml")
@@ -474,17 +474,15 @@ def test_rgb_order_differs_in_nothing_but_the_order():
     assert torch.equal(swapped.flip(1), PIPELINE(data))
 
 
-# --- the post-processing
+# --- the decision
 
-POSTPROCESSOR = build_postprocessor(
-    {"class_probabilities": {"classes": ["animal", "avatar", "human"], "threshold": 0.7}}
-)
-METADATA = {"width": 640, "height": 480, "format": "PNG"}
+DECISION = build_postprocessor({"class_probabilities": {"classes": ["animal", "avatar", "human"], "threshold": 0.7}})
+FACTS = {"width": 640, "height": 480, "format": "PNG"}
 
 
 def test_the_most_probable_class_is_the_answer():
     outputs = {"class_probabilities": torch.tensor([0.125, 0.75, 0.125])}
-    body = POSTPROCESSOR(outputs, METADATA, 0.7)
+    body = DECISION(outputs, FACTS, 0.7)
     assert body == {
         "label": "avatar",
         "confidence": 0.75,
@@ -494,13 +492,13 @@ def test_the_most_probable_class_is_the_answer():
         "width": 640,
         "height": 480,
     }
-    assert POSTPROCESSOR.read(body) == ((0.125, 0.75, 0.125), 1)
-    assert POSTPROCESSOR.classes == ("animal", "avatar", "human") and not POSTPROCESSOR.tuned
+    assert DECISION.read(body) == ((0.125, 0.75, 0.125), 1)
+    assert DECISION.classes == ("animal", "avatar", "human") and not DECISION.tuned
 
 
 @pytest.mark.parametrize(("threshold", "confident"), [(0.5, True), (0.500001, False), (0.0, True), (1.0, False)])
 def test_confident_is_at_or_above_the_threshold(threshold: float, confident: bool):
-    body = POSTPROCESSOR({"class_probabilities": torch.tensor([0.25, 0.25, 0.5])}, METADATA, threshold)
+    body = DECISION({"class_probabilities": torch.tensor([0.25, 0.25, 0.5])}, FACTS, threshold)
     assert (body["label"], body["confident"], body["threshold_used"]) == ("human", confident, threshold)
 
 
@@ -510,19 +508,19 @@ def test_confident_is_at_or_above_the_threshold(threshold: float, confident: boo
         ({"classes": ["a", "b"], "threshold": 0.5}, "three or more"),
         ({"classes": ["a", "b", "a"], "threshold": 0.5}, "different names"),
         ({"classes": "abc", "threshold": 0.5}, "expected a list"),
-        ({"classes": ["a", "b", 3], "threshold": 0.5}, "expected text"),
+        ({"classes": ["a", "b", 3], "threshold": 0.5}, r"classes\[2\] is 3, expected text"),
         ({"classes": ["a", "b", "c"], "threshold": 1.5}, "threshold is 1.5"),
         ({"classes": ["a", "b", "c"]}, "threshold"),
     ],
 )
-def test_classes_that_make_no_sense_are_refused(parameters: dict, message: str):
+def test_decisions_that_make_no_sense_are_refused(parameters: dict, message: str):
     with pytest.raises(ValueError, match=message):
         build_postprocessor({"class_probabilities": parameters})
 
 
 def test_a_network_with_another_number_of_classes_is_refused():
     with pytest.raises(ValueError, match="4 probabilities, for 3 classes"):
-        POSTPROCESSOR.scores({"class_probabilities": torch.full((4,), 0.25)})
+        DECISION.scores({"class_probabilities": torch.full((4,), 0.25)})
 
 
 # --- the corpus

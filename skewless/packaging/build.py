@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from skewless.evaluation.scores import service_of
 from skewless.packaging.execution import Execution
 from skewless.packaging.references import Choice, check_evaluated, stage_references
 from skewless.training.checkpoint import file_digest, load_checkpoint, network_of, trained
+from skewless.training.untrained import UntrainedError, require_trained
 
 VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
 
@@ -54,6 +57,7 @@ def build_archive(
     force: bool = False,
     execution: Execution | None = None,
     references: Choice = "evaluation",
+    accept_untrained: Collection[str] = (),
 ) -> Built:
     """Write `out/NAME-VERSION.mar`. The same inputs give the same bytes.
 
@@ -61,6 +65,7 @@ def build_archive(
     evaluation: what `skewless evaluate` wrote for this checkpoint.
     execution: the runtime, when not the one that model.yaml names.
     references: the recordings that travel in the archive, as skewless.packaging.references.Choice describes.
+    accept_untrained: layers that look untrained and are rightly so, beside those that the checkpoint records.
     Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
     another pipeline, weights that do not fit, an evaluation of another checkpoint or one that did not reproduce its training,
     references that are not reproduced within the tier's tolerance or that barely vary, a reduced precision whose AUC is
@@ -84,9 +89,10 @@ def build_archive(
         )
     if "classes" not in measured:
         raise BuildError(f"{evaluation} was written by another version of `skewless evaluate`; run it again")
+    recorded = checkpoint.get("accepted_untrained", [])
     _check_reproduced(checkpoint, measured, evaluation)
     check_evaluated(evaluation)
-    _check_trained(network, measured)
+    _check_trained(network, measured, accept_untrained, recorded)
     metrics = {
         "model_name": name,
         "model_version": version,
@@ -101,13 +107,14 @@ def build_archive(
         "skewless_version": __version__,
         "git_commit": _git_commit(),
         "library_versions": library_versions(definition.packages),
-        "runtime": execution.metadata(),
+        "accepted_untrained": sorted({*recorded, *accept_untrained}),
+        "runtime": execution.facts(),
         "evaluation": measured,
     }
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch, "staged")
-        _copy_code(staged)
+        copy_code(staged)
         _copy_definition(definition, execution, staged)
         service = service_of(definition, checkpoint, torch.device("cpu"))
         metrics["references"], warnings = stage_references(references, evaluation, measured["split"], staged, service)
@@ -131,7 +138,7 @@ def build_archive(
     return Built(target, tuple(warnings))
 
 
-def _copy_code(staged: Path) -> None:
+def copy_code(staged: Path) -> None:
     """The handler, and of this package what ships: `skewless.core`."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(resources.HANDLER, staged / "handler", ignore=ignored)
@@ -156,15 +163,20 @@ def _copy_definition(definition: Definition, execution: Execution, staged: Path)
 
 
 def _check_servable(definition: Definition) -> None:
-    taken = {"handler", "skewless", REFERENCES, "MAR-INF"}
-    if clash := [file for file in definition.code if Path(file).parts[0].removesuffix(".py") in taken]:
-        raise BuildError(f"{clash[0]} would take the place of the archive's own code; give the file another name")
+    # In the archive they lie beside `handler` and `skewless`, first on the worker's Python path.
+    hiding = [file for file in definition.code if _is_taken(Path(file).parts[0].removesuffix(".py"))]
+    if hiding:
+        raise BuildError(f"in an archive {hiding[0]} would hide a package of the same name; give the file another name")
     imitating = [stage.name for stage in definition.pipeline.stages.values() if stage.comparison_only]
     if imitating:
         raise BuildError(
             f"stage '{imitating[0]}' imitates another system to compare with, and cannot be served; use the stage that "
             "training used"
         )
+
+
+def _is_taken(name: str) -> bool:
+    return name in ("handler", "entry", REFERENCES) or importlib.util.find_spec(name) is not None
 
 
 def _write_metrics(metrics: dict[str, Any], folder: Path) -> None:
@@ -199,18 +211,13 @@ def _check_reproduced(checkpoint: dict[str, Any], measured: dict[str, Any], eval
         )
 
 
-def _check_trained(network: nn.Module, measured: dict[str, Any]) -> None:
-    # Keras and others draw a layer's weights at random and its bias as 0; the first optimizer step moves every bias.
-    fresh = [
-        name
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and layer.bias is not None and not layer.bias.any()
-    ]
-    if fresh:
-        raise BuildError(
-            f"layer '{fresh[0]}' has a bias of exactly 0 throughout, as before the first step of training: its weights look "
-            "random, however good those of the other layers are; package the weights that training ended with"
-        )
+def _check_trained(
+    network: nn.Module, measured: dict[str, Any], accepted: Collection[str], recorded: list[str]
+) -> None:
+    try:
+        require_trained(network, accepted, recorded)
+    except UntrainedError as error:
+        raise BuildError(str(error)) from error
     if not measured["auc"] > 0.5:
         raise BuildError(
             f"the evaluation's AUC is {measured['auc']:.3f}, no better than guessing (0.5): the network looks untrained, or "

@@ -79,6 +79,12 @@ def trained(definition: Definition, checkpoint: dict[str, Any]) -> Definition:
         raise CheckpointError(
             f"{', '.join(sorted(changed))} is not the code that the checkpoint was trained with; put it back, or train again"
         )
+    for file in fitted.network_files:
+        if file_digest(fitted.folder / file) != checkpoint.get("imported_from", {}).get("sha256"):
+            raise CheckpointError(
+                f"{fitted.folder / file} is not the exported network that the checkpoint was imported from; put it back, or "
+                "import this one with `skewless import`"
+            )
     return fitted
 
 
@@ -88,6 +94,8 @@ def network_of(checkpoint: dict[str, Any], definition: Definition) -> Network:
     Raises CheckpointError listing missing, unexpected and misshapen keys.
     """
     network = definition.build_network()
+    if definition.network_files:
+        return network.eval()  # an exported network, which brings its weights
     weights, expected = checkpoint["model_state_dict"], network.state_dict()
     problems = {
         "missing": sorted(set(expected) - set(weights)),

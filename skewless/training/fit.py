@@ -30,6 +30,7 @@ from skewless.training.losses import LOSSES, Batch, Loss
 from skewless.training.manifest import Recording, check_contents, manifest_digest, require_every_class, select
 from skewless.training.offline_augmentation import augmented_recordings
 from skewless.training.record import stage_outputs, stage_sources
+from skewless.training.untrained import untrained_layers
 
 
 def fit(
@@ -127,6 +128,10 @@ def fit(
             "model_state_dict": {k: v.cpu() for k, v in network.state_dict().items()},
             "optimizer_state_dict": optimizer.state_dict(),
             "history": history,
+            # An encoder that was left as it was drawn is meant to be so.
+            "accepted_untrained": [f.layer for f in untrained_layers(network).findings]
+            if config.trained == "head"
+            else [],
         }
         if _best_epoch(history) == epoch:
             save_checkpoint(out / "best.pth", checkpoint)
