@@ -25,7 +25,7 @@ from tests.conftest import ROOT, Demonstration, run_script
 from tests.recordings import one_thread, wav  # noqa: F401
 from skewless.importers import pytorch as legacy
 from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
-from skewless.evaluation.evaluate import predict, service_of
+from skewless.evaluation.scores import predict, service_of
 from skewless.importers.pytorch import LegacyError, Trial, read_legacy
 from skewless.training.manifest import Recording, read_manifest
 

@@ -11,7 +11,7 @@ from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 from skewless.core.align import Alignment
 from skewless.core.service import Scored
-from skewless.evaluation.evaluate import at_threshold
+from skewless.evaluation.metrics import at_threshold
 from skewless.skew.measure import Measurement, Tally, first_divergence
 
 

@@ -14,7 +14,7 @@ from skewless.core.definition import PIPELINE, Definition
 from skewless.core.pipeline import Pipeline
 from skewless.core.stages import InputError
 from skewless.core.versions import library_versions
-from skewless.evaluation.evaluate import service_of
+from skewless.evaluation.scores import service_of
 from skewless.skew.aggregate import summarize
 from skewless.skew.measure import Comparator
 from skewless.skew.page import write_html
