@@ -27,25 +27,30 @@ from torchvision.models import resnet18
 from skewless.core.postprocess import build_postprocessor
 from skewless.core.postprocess.postprocessor import Part
 from skewless.core.postprocess.seconds_vote import SecondsVote
+from skewless.core.definition import Definition
 from skewless.core.networks import build_network
 from skewless.core.networks.resnet18_fastai import ResNet18Fastai
 from skewless.core.pipeline import Pipeline
-from skewless.core.runtimes import EagerRuntime
+from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.stages import STAGES, InputError, PipelineError, Signal
 from tests import recordings
 from tests.oracles import orca as oracle
 from tests.recordings import one_thread  # noqa: F401
-from skewless.training.checkpoint import CheckpointError
+from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
 from skewless.demos import orca as corpus
 from skewless.importers.fastai import is_fastai, rename
-from skewless.importers.pytorch import LegacyError, network_from, read_legacy
+from skewless.importers.errors import ImportFileError
+from skewless.importers.pytorch import read_pytorch
+from skewless.importers.run import ImportRequest, import_file
+from skewless.importers.weights import network_from
 
 # The filterbank is one for another rate: torchaudio warns of the filters that hear nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filterbank:UserWarning")
 
 ARCHIVE = Path(__file__).parents[1] / "archive" / "orca"
 PIPELINE = Pipeline.from_yaml(ARCHIVE / "pipeline.yaml")
-CONFIG = yaml.safe_load((ARCHIVE / "model-config.yaml").read_text())
+DEFINITION = Definition.read(ARCHIVE)
+CONFIG = yaml.safe_load((ARCHIVE / "model.yaml").read_text())
 
 CASES: dict[str, tuple[int, NDArray]] = {
     "stereo 44.1 kHz": (44100, recordings.coughs(44100, 4.3, channels=2)),
@@ -513,7 +518,7 @@ def learner() -> nn.Sequential:
 
 @pytest.fixture(scope="module")
 def network(learner) -> ResNet18Fastai:
-    return network_from(rename(learner.state_dict()), CONFIG["network"])
+    return network_from(rename(learner.state_dict()), DEFINITION)
 
 
 IMAGES = 20 * torch.randn(5, 1, 64, 78, generator=torch.Generator().manual_seed(3)) - 30
@@ -586,9 +591,18 @@ def optimizer_state() -> dict[str, Any]:
 def test_learners_are_imported(learner, tmp_path, content):
     weights = learner.state_dict()
     saves = {"learn.save": {"model": weights, "opt": optimizer_state()}, "state dict": weights}
-    old = read_legacy(saved(tmp_path / "stage-2.pth", saves[content]))
+    old = read_pytorch(saved(tmp_path / "stage-2.pth", saves[content]))
     assert is_fastai(old.weights)
-    imported = network_from(rename(old.weights), CONFIG["network"])
+    imported = network_from(rename(old.weights), DEFINITION)
+    with torch.inference_mode():
+        assert torch.equal(imported(IMAGES), learner(IMAGES))
+
+
+def test_a_learner_becomes_a_checkpoint_of_the_archive(learner, tmp_path):
+    path = saved(tmp_path / "stage-2.pth", {"model": learner.state_dict(), "opt": optimizer_state()})
+    request = ImportRequest(ARCHIVE, path, tmp_path / "best.pth", pipeline=ARCHIVE / "pipeline.yaml")
+    assert import_file(request).format == "pytorch"
+    imported = network_of(load_checkpoint(tmp_path / "best.pth"), DEFINITION)
     with torch.inference_mode():
         assert torch.equal(imported(IMAGES), learner(IMAGES))
 
@@ -613,7 +627,7 @@ def test_weights_that_do_not_fit_are_named(learner, change, message):
     weights = change(learner.state_dict())
     assert is_fastai(weights)
     with pytest.raises(CheckpointError, match=message):
-        network_from(rename(weights), CONFIG["network"])
+        network_from(rename(weights), DEFINITION)
 
 
 def test_other_weights_are_not_taken_for_fastais(network, learner):
@@ -635,11 +649,11 @@ class Evil:
 def test_an_exported_learner_is_refused_and_nothing_of_it_runs(learner, tmp_path):
     """`learn.export()` pickles the model itself, and whatever it holds."""
     path = saved(tmp_path / "export.pkl", {"model": learner, "data": Evil(tmp_path / "ran")})
-    with pytest.raises(LegacyError, match=r"export\.pkl is refused.*Nothing of it ran.*model\.state_dict\(\)"):
-        read_legacy(path)
+    with pytest.raises(ImportFileError, match=r"export\.pkl is refused.*Nothing of it ran.*model\.state_dict\(\)"):
+        read_pytorch(path)
     path = saved(tmp_path / "evil.pth", {"model": learner.state_dict(), "opt": Evil(tmp_path / "ran")})
-    with pytest.raises(LegacyError, match=r"evil\.pth is refused.*mkdir"):
-        read_legacy(path)
+    with pytest.raises(ImportFileError, match=r"evil\.pth is refused.*mkdir"):
+        read_pytorch(path)
     assert not (tmp_path / "ran").exists()
 
 
