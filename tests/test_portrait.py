@@ -508,7 +508,7 @@ def test_confident_is_at_or_above_the_threshold(threshold: float, confident: boo
         ({"classes": ["a", "b"], "threshold": 0.5}, "three or more"),
         ({"classes": ["a", "b", "a"], "threshold": 0.5}, "different names"),
         ({"classes": "abc", "threshold": 0.5}, "expected a list"),
-        ({"classes": ["a", "b", 3], "threshold": 0.5}, "different names"),
+        ({"classes": ["a", "b", 3], "threshold": 0.5}, r"classes\[2\] is 3, expected text"),
         ({"classes": ["a", "b", "c"], "threshold": 1.5}, "threshold is 1.5"),
         ({"classes": ["a", "b", "c"]}, "threshold"),
     ],

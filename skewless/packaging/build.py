@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -88,13 +89,13 @@ def build_archive(
         "skewless_version": __version__,
         "git_commit": _git_commit(),
         "library_versions": library_versions(definition.packages),
-        "runtime": execution.metadata(),
+        "runtime": execution.facts(),
         "evaluation": measured,
     }
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch, "staged")
-        _copy_code(staged)
+        copy_code(staged)
         _copy_definition(definition, execution, staged)
         shutil.copytree(evaluation / REFERENCES, staged / REFERENCES)
         weights = execution.write_weights(network, pipeline, staged)
@@ -119,7 +120,7 @@ def build_archive(
     return target
 
 
-def _copy_code(staged: Path) -> None:
+def copy_code(staged: Path) -> None:
     """The handler, and of this package what ships: `skewless.core`."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(resources.HANDLER, staged / "handler", ignore=ignored)
@@ -144,15 +145,20 @@ def _copy_definition(definition: Definition, execution: Execution, staged: Path)
 
 
 def _check_servable(definition: Definition) -> None:
-    taken = {"handler", "skewless", REFERENCES, "MAR-INF"}
-    if clash := [file for file in definition.code if Path(file).parts[0].removesuffix(".py") in taken]:
-        raise BuildError(f"{clash[0]} would take the place of the archive's own code; give the file another name")
+    # In the archive they lie beside `handler` and `skewless`, first on the worker's Python path.
+    hiding = [file for file in definition.code if _is_taken(Path(file).parts[0].removesuffix(".py"))]
+    if hiding:
+        raise BuildError(f"in an archive {hiding[0]} would hide a package of the same name; give the file another name")
     imitating = [stage.name for stage in definition.pipeline.stages.values() if stage.comparison_only]
     if imitating:
         raise BuildError(
             f"stage '{imitating[0]}' imitates another system to compare with, and cannot be served; use the stage that "
             "training used"
         )
+
+
+def _is_taken(name: str) -> bool:
+    return name in ("handler", "entry", REFERENCES) or importlib.util.find_spec(name) is not None
 
 
 def _write_metrics(metrics: dict[str, Any], folder: Path) -> None:
