@@ -7,20 +7,25 @@ from collections.abc import Sequence
 
 import typer
 
-from skewless.cli import define, model, package, retraining, serving
-from skewless.cli.frame import MISUSED, app
+# Imported for the commands that they add to `app`.
+from skewless.cli import model, package, retraining, serving  # noqa: F401
+from skewless.cli.frame import FAILED, MISUSED, app
 
-__all__ = ["app", "define", "main", "model", "package", "retraining", "serving"]
+__all__ = ["app", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command line, or this process's own, and exit with its code."""
+    """Run a command line, this process's own if None, and exit with its code."""
+    line = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(arguments, prog_name=app.info.name, standalone_mode=False)
+        code = app(line or ["--help"], prog_name=app.info.name, standalone_mode=False)
     except typer.TyperException as error:
-        # Plain lines: a frame around them breaks the paths that they name.
-        error.show()
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else app.info.name
+        # pydantic's words around its message.
+        message = error.format_message().replace("Value error, ", "")
+        print(f"{where}: {message} See `{where} --help`", file=sys.stderr)
         sys.exit(MISUSED)
     except typer.Abort:
-        sys.exit(1)
+        sys.exit(FAILED)
     sys.exit(code or 0)

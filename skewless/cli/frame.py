@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 from skewless.errors import ServerError, UsageError
 
@@ -29,11 +30,22 @@ FAILED, MISUSED = 1, 2
 # The headings under which `skewless --help` lists the commands.
 MAKE, PACKAGE, SERVE, DEFINE = "Make a model", "Package and compare", "Serve it", "Definitions"
 
+# As a model goes its way; help lists them so.
+_ORDER = (
+    "new corpus train evaluate features import build export skew serve register smoke predict versions retrain schema"
+)
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.split().index)
+
+
 app = typer.Typer(
     name="skewless",
+    cls=_InOrder,
     help="Serve exactly what you trained: package a trained classifier for TorchServe, and prove that it is served as evaluated.",
     epilog="Exit codes: 0; 1 when a check failed; 2 for wrong use or wrong input.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 

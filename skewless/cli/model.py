@@ -1,8 +1,9 @@
-"""Commands that make a model: new, corpus, train, evaluate, features."""
+"""Commands that make a model: new, corpus, train, evaluate, features, and schema."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import partial
@@ -13,6 +14,7 @@ import typer
 import yaml
 
 from skewless.cli.frame import (
+    DEFINE,
     MAKE,
     Archive,
     Checkpoint,
@@ -38,7 +40,9 @@ Split = Literal["train", "val", "test"]
 @command(app, "new", panel=MAKE)
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The model's name, which its folder gets.")],
-    like: Annotated[str | None, typer.Option(metavar="MODEL", help="Start from cough, orca, talent or portrait.")] = None,
+    like: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Start from cough, orca, talent or portrait.")
+    ] = None,
     folder: Annotated[Path, typer.Option(metavar="DIR", help="Where to make the model's folder.")] = Path(),
 ) -> Result:
     """Write the folder of a new model, with comments where you have to decide.
@@ -105,7 +109,7 @@ _MEANINGS = {
     "learning_rate": "The first epoch's.",
     "weight_decay": "Of AdamW.",
     "patience": "Epochs without a better validation AUC before training stops.",
-    "schedule": "Of the learning rate.",
+    "schedule": "Of the learning rate: cosine or plateau.",
     "plateau_patience": "Epochs without a lower validation loss before a plateau halves the rate.",
     "seed": "Of every random number.",
     "loss": "As in a recipe, such as '{bag: {segment_loss: 0.5}}'.",
@@ -114,8 +118,11 @@ _MEANINGS = {
     "offline_augmentation": "Augmented copies of every training recording.",
     "copies": "Augmented copies of every training recording.",
     "backbone_weights": "'imagenet', a ResNet-18 state-dict file, or nothing.",
-    "trained": "Everything, or only what follows the encoder.",
+    "trained": "all, or head: only what follows the encoder.",
 }
+
+
+_METAVARS = {int: "N", float: "X", bool: "", str: "FILE"}
 
 
 def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -129,7 +136,7 @@ def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
             f"--{name}/--no-{name}" if hint is bool else f"--{name}",
             # What has parts is written as in a recipe.
             parser=None if plain else yaml.safe_load,
-            metavar=None if plain else "YAML",
+            metavar=_METAVARS.get(hint, "NAME" if plain else "YAML"),
             help=_MEANINGS[setting.name],
             show_default={"": "nothing", None: "the network's own"}.get(setting.default, str(setting.default)),
             rich_help_panel="Settings (the recipe's, if any, else the defaults here)",
@@ -246,6 +253,26 @@ def features(
     return Result({"out": out, "split": split, **table}, text)
 
 
+@command(app, "schema", panel=DEFINE)
+def schema(
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write NAME.schema.json for each.", show_default="print one document"),
+    ] = None,
+) -> Result:
+    """Print the JSON Schemas of pipeline.yaml, model.yaml and recipe.yaml, which let editors complete and check them."""
+    from skewless.schema import schemas
+
+    found = schemas()
+    if out is None:
+        return Result(found, json.dumps(found, indent=2))
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{name}.schema.json" for name in found]
+    for file, content in zip(files, found.values(), strict=True):
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return Result({"files": files}, "\n".join(map(str, files)))
+
+
 def read(archive: Path, manifest: Path, root: Path | None) -> tuple[Definition, list[Recording]]:
     """A model's definition, and a manifest's rows with labels by its classes."""
     from skewless.core.definition import Definition
@@ -253,4 +280,3 @@ def read(archive: Path, manifest: Path, root: Path | None) -> tuple[Definition, 
 
     definition = Definition.read(archive)
     return definition, read_manifest(manifest, root or manifest.parent, definition.classes)
-

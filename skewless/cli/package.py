@@ -30,6 +30,72 @@ def _runtimes() -> list[str]:
     return list(RUNTIMES)
 
 
+@command(app, "import", panel=PACKAGE)
+def import_(
+    archive: Archive,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What another framework saved.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The checkpoint to write, such as runs/NAME/best.pth.")],
+    pipeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="YAML",
+            help="What the weights were trained behind; to be given for a PyTorch file, which does not say it.",
+            show_default="ARCHIVE/pipeline.yaml",
+        ),
+    ] = None,
+    replaced: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER",
+            help="A layer before a Keras network, such as a Lambda with preprocess_input, of which you know that the "
+            "pipeline does the same. May be given several times.",
+        ),
+    ] = None,
+    accept_untrained: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYER", help="A layer that looks untrained, and rightly so. May be given several times."),
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Labelled files: compare the pipelines that there are on them.")
+    ] = None,
+    root: Root = None,
+    split: Annotated[Literal["val", "test"], typer.Option(help="The part of the manifest.")] = "val",
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="file_path, probability, as recorded after training.")
+    ] = None,
+    variants: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pipelines to compare with.", show_default="ARCHIVE/variants")
+    ] = None,
+    device: Device = "cpu",
+) -> Result:
+    """Turn another framework's file into a checkpoint, without running its code.
+
+    Takes PyTorch checkpoints and state dicts, what fastai's learn.save writes, Keras' .keras and .h5, and networks saved by
+    torch.export. With --manifest, what the file records is held against every pipeline.
+    """
+    from skewless.importers.run import ImportRequest, import_file
+
+    result = import_file(
+        ImportRequest(
+            archive=archive,
+            file=file,
+            out=out,
+            pipeline=pipeline,
+            replaced=replaced or (),
+            accept_untrained=accept_untrained or (),
+            manifest=manifest,
+            root=root,
+            split=split,
+            predictions=predictions,
+            variants=variants,
+            device=str(device_of(device)),
+        )
+    )
+    if warning := result.warning():
+        print(warning)
+    return Result(result.to_dict(), result.text())
+
+
 @command(app, "build", panel=PACKAGE)
 def build(
     archive: Archive,

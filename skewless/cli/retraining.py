@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 retrain = typer.Typer(
     name="retrain",
     help="Train on new files and register the result beside the version that serves, without making it the default.",
-    no_args_is_help=True,
 )
 app.add_typer(retrain, rich_help_panel=SERVE)
 
 Manifests = Annotated[
     list[Path],
     typer.Option(
-        "--manifest", metavar="CSV", help="May be given several times: the files of the last training, and the new ones."
+        "--manifest",
+        metavar="CSV",
+        help="May be given several times: the files of the last training, and the new ones.",
     ),
 ]
 Recipe = Annotated[

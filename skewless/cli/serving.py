@@ -20,14 +20,12 @@ from skewless.errors import LoadError, ServerError, UsageError
 if TYPE_CHECKING:
     from skewless.torchserve.server import Server
 
-serve = typer.Typer(name="serve", help="Start, stop, or look at a TorchServe.", no_args_is_help=True)
+serve = typer.Typer(name="serve", help="Start, stop, or look at a TorchServe.")
 app.add_typer(serve, rich_help_panel=SERVE)
 
 ModelStore = Annotated[Path, typer.Option(metavar="DIR", help="Folder of archives (.mar).")]
 Config = Annotated[Path, typer.Option(metavar="FILE", help="TorchServe's settings.", show_default="ours")]
-Ports = Annotated[
-    Literal["free"] | None, typer.Option(help="Free ones, instead of those in the configuration.")
-]
+Ports = Annotated[Literal["free"] | None, typer.Option(help="Free ones, instead of those in the configuration.")]
 Version = Annotated[str | None, typer.Option(help="One of the model's versions.", show_default="the default one")]
 
 
@@ -213,7 +211,8 @@ def predict(
 def versions(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Only this one's.", show_default=False)] = None,
     model_store: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of archives.", show_default="the server's, or model_store")
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of archives.", show_default="the server's, or model_store"),
     ] = None,
     state_dir: StateDir = STATE_DIR,
 ) -> Result:
