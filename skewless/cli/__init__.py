@@ -9,7 +9,7 @@ import typer
 
 # Imported for the commands that they add to `app`.
 from skewless.cli import model, package, retraining, serving  # noqa: F401
-from skewless.cli.frame import FAILED, MISUSED, app
+from skewless.cli.frame import FAILED, MISUSED, NAME, app
 
 __all__ = ["app", "main"]
 
@@ -18,10 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line, this process's own if None, and exit with its code."""
     line = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(line or ["--help"], prog_name=app.info.name, standalone_mode=False)
+        code = app(line or ["--help"], prog_name=NAME, standalone_mode=False)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
-        where = context.command_path if context else app.info.name
+        where = context.command_path if context else NAME
         # pydantic's words around its message.
         message = error.format_message().replace("Value error, ", "")
         print(f"{where}: {message} See `{where} --help`", file=sys.stderr)

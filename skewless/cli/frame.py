@@ -37,12 +37,13 @@ _ORDER = (
 
 
 class _InOrder(TyperGroup):
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=_ORDER.split().index)
 
 
+NAME = "skewless"
 app = typer.Typer(
-    name="skewless",
+    name=NAME,
     cls=_InOrder,
     help="Serve exactly what you trained: package a trained classifier for TorchServe, and prove that it is served as evaluated.",
     epilog="Exit codes: 0; 1 when a check failed; 2 for wrong use or wrong input.",
@@ -91,7 +92,7 @@ def command(
     """
 
     def register(function: Callable[..., Result | None]) -> Callable[..., Result | None]:
-        where = " ".join(dict.fromkeys((app.info.name, group.info.name, name)))
+        where = f"{NAME} {name}" if group is app else f"{NAME} {group.info.name} {name}"
 
         @functools.wraps(function)
         def run(*, as_json: bool, **arguments: Any) -> None:

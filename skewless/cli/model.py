@@ -83,7 +83,8 @@ def corpus(
     from skewless.demos import CorpusError, write_corpus
     from skewless.training.recipe import read_recipe
 
-    settings = {"kind": "cough", "count": 240, "seed": 42} | (read_recipe(recipe, "corpus") if recipe else {})
+    settings: dict[str, Any] = {"kind": "cough", "count": 240, "seed": 42}
+    settings |= read_recipe(recipe, "corpus") if recipe else {}
     given = {
         "kind": kind,
         "count": count,
@@ -123,6 +124,7 @@ _MEANINGS = {
 
 
 _METAVARS = {int: "N", float: "X", bool: "", str: "FILE"}
+_DEFAULTS: dict[Any, str] = {"": "nothing", None: "the network's own"}
 
 
 def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -138,10 +140,10 @@ def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
             parser=None if plain else yaml.safe_load,
             metavar=_METAVARS.get(hint, "NAME" if plain else "YAML"),
             help=_MEANINGS[setting.name],
-            show_default={"": "nothing", None: "the network's own"}.get(setting.default, str(setting.default)),
+            show_default=_DEFAULTS.get(setting.default, str(setting.default)),
             rich_help_panel="Settings (the recipe's, if any, else the defaults here)",
         )
-        annotation = Annotated[(hint | None) if plain else Any, info]
+        annotation: Any = Annotated[(hint | None) if plain else Any, info]
         return inspect.Parameter(setting.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
     own = inspect.signature(function, eval_str=True)

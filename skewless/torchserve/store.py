@@ -67,15 +67,13 @@ def by_version(archive: Path) -> list[tuple[bool, int, str]]:
 
 def as_table(rows: list[StoredVersion]) -> str:
     """The rows as aligned text."""
-    head = ("model", "version", "registered", "workers", "threshold", "pipeline", "runtime", "tier", "AUC")
-    lines = [head]
+    lines = [["model", "version", "registered", "workers", "threshold", "pipeline", "runtime", "tier", "AUC"]]
     for row in rows:
         registered = "-" if row.workers is None else "default" if row.default else "yes"
         figures = (row.threshold, row.fingerprint, row.runtime, row.tier, None if row.auc is None else f"{row.auc:.4f}")
         workers = "-" if row.workers is None else ",".join(row.workers) or "none"
-        lines.append(
-            (row.name, row.version or "-", registered, workers, *("-" if f is None else str(f) for f in figures))
-        )
+        shown = ["-" if figure is None else str(figure) for figure in figures]
+        lines.append([row.name, row.version or "-", registered, workers, *shown])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join(text + [f"{row.archive}: {row.problem}" for row in rows if row.problem])
