@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from skewless import __version__, resources
 from skewless.core.definition import MODEL, PIPELINE, REQUIREMENTS, Definition
+from skewless.core.files import atomic
 from skewless.core.request import Request
 from skewless.core.selftest import SelfTestError, record
 from skewless.core.selftest.record import ENTRIES, REFERENCES
@@ -30,6 +31,7 @@ from skewless.evaluation.evaluate import MIN_REFERENCE_SPREAD
 from skewless.packaging.execution import Execution
 from skewless.packaging.probes import probes
 from skewless.training.checkpoint import file_digest, load_checkpoint, network_of, trained
+from skewless.training.untrained import UntrainedError, require_trained
 
 VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
 
@@ -45,12 +47,14 @@ def build_archive(
     *,
     force: bool = False,
     execution: Execution | None = None,
+    accept_untrained: Collection[str] = (),
 ) -> Path:
     """Write `out/NAME-VERSION.mar` and return its path. The same inputs give the same bytes.
 
     archive: a definition (pipeline.yaml, model.yaml, and TorchServe's model-config.yaml); its folder's name is the model's.
     evaluation: what `skewless evaluate` wrote for this checkpoint.
     execution: the runtime, when not the one that model.yaml names.
+    accept_untrained: layers that look untrained and are rightly so, beside those that the checkpoint records.
     Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
     another pipeline, weights that do not fit, an evaluation of another checkpoint, references that are not reproduced
     within the tier's tolerance or that barely vary, a reduced precision whose AUC is another, or a different archive
@@ -74,7 +78,8 @@ def build_archive(
         )
     if "classes" not in measured:
         raise BuildError(f"{evaluation} was written by another version of `skewless evaluate`; run it again")
-    _check_trained(network, measured)
+    recorded = checkpoint.get("accepted_untrained", [])
+    _check_trained(network, measured, accept_untrained, recorded)
     metrics = {
         "model_name": name,
         "model_version": version,
@@ -89,6 +94,7 @@ def build_archive(
         "skewless_version": __version__,
         "git_commit": _git_commit(),
         "library_versions": library_versions(definition.packages),
+        "accepted_untrained": sorted({*recorded, *accept_untrained}),
         "runtime": execution.facts(),
         "evaluation": measured,
     }
@@ -108,15 +114,13 @@ def build_archive(
             _write_metrics(metrics, staged)
         _run_self_test(staged)
         unpacked = _archive_directory(staged, weights, name, version, Path(scratch))
-        target = out / f"{name}-{version}.mar"
-        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
         packed = Path(scratch, "packed")
         _zip_reproducibly(unpacked, packed)
-        shutil.move(packed, unfinished)
-    if target.exists() and not force and target.read_bytes() != unfinished.read_bytes():
-        unfinished.unlink()
-        raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
-    unfinished.replace(target)
+        target = out / f"{name}-{version}.mar"
+        if target.exists() and not force and target.read_bytes() != packed.read_bytes():
+            raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
+        with atomic(target) as unfinished:
+            shutil.move(packed, unfinished)
     return target
 
 
@@ -201,18 +205,13 @@ def _run_self_test(staged: Path) -> None:
             raise BuildError(f"the archive refuses its own reference {entry['file']}: {answer.body['message']}")
 
 
-def _check_trained(network: nn.Module, measured: dict[str, Any]) -> None:
-    # Keras and others draw a layer's weights at random and its bias as 0; the first optimizer step moves every bias.
-    fresh = [
-        name
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and layer.bias is not None and not layer.bias.any()
-    ]
-    if fresh:
-        raise BuildError(
-            f"layer '{fresh[0]}' has a bias of exactly 0 throughout, as before the first step of training: its weights look "
-            "random, however good those of the other layers are; package the weights that training ended with"
-        )
+def _check_trained(
+    network: nn.Module, measured: dict[str, Any], accepted: Collection[str], recorded: list[str]
+) -> None:
+    try:
+        require_trained(network, accepted, recorded)
+    except UntrainedError as error:
+        raise BuildError(str(error)) from error
     if not measured["auc"] > 0.5:
         raise BuildError(
             f"the evaluation's AUC is {measured['auc']:.3f}, no better than guessing (0.5): the network looks untrained, or "

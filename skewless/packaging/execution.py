@@ -78,20 +78,20 @@ class Execution:
         precision = {} if self.runtime == "eager" else {"precision": self.precision}
         return {self.runtime: precision | {k: v for k, v in params.items() if k != "precision"}}
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What the archive's metrics record: what executes it, and how far from evaluation it may be."""
-        facts: dict[str, Any] = {
+        found: dict[str, Any] = {
             "name": self.runtime,
             "precision": self.precision,
             "tier": self.tier,
             "tolerance": TOLERANCES[self.tier],
         }
         if self.runtime == "onnxruntime":
-            facts["library_versions"] = {name: version(name) for name in ("onnx", "onnxruntime")}
+            found["library_versions"] = {name: version(name) for name in ("onnx", "onnxruntime")}
         if self.precision == "int8":
             chosen = self._calibrating
-            facts["calibration"] = {"recordings": len(chosen), "manifest_sha256": manifest_digest(chosen)}
-        return facts
+            found["calibration"] = {"recordings": len(chosen), "manifest_sha256": manifest_digest(chosen)}
+        return found
 
     def write_weights(self, network: nn.Module, pipeline: Pipeline, folder: Path) -> Path:
         """Write the file that the runtime loads, weights.safetensors or model.onnx, and return its path."""

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from skewless.core.stages import STAGES, Signal
+from skewless.core.stages import Signal
+from skewless.skew.measure import Output
 
 # Name: (in light, in dark). Figures are drawn in the light colours, which the SVG then turns into CSS variables.
 PALETTE = {
@@ -61,11 +62,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Example:
-    """One recording to show: its entry in the report, and every signal in both pipelines, by stage."""
+    """One recording to show: its entry in the report, and every stage's output in both pipelines, in order."""
 
     entry: dict[str, Any]
-    reference: Mapping[str, Signal]
-    candidate: Mapping[str, Signal]
+    reference: Mapping[str, Output]
+    candidate: Mapping[str, Output]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -186,16 +187,13 @@ def waveform(example: Example) -> Picture | None:
         return _picture(figure, alt + f"{peaks['candidate']:.3f} in the candidate.")
 
 
-def _last_waveform(trace: Mapping[str, Signal]) -> Signal | None:
-    waves = (s for name, s in trace.items() if _unit(name) == "full scale" and "segment_times_s" not in s.metadata)
-    found = [s for s in waves if s.rate]
+def _last_waveform(trace: Mapping[str, Output]) -> Signal | None:
+    found = [
+        signal
+        for signal, unit in trace.values()
+        if unit == "full scale" and signal.rate and "segment_times_s" not in signal.metadata
+    ]
     return found[-1] if found else None
-
-
-def _unit(name: str) -> str:
-    """Of a stage's output, by its name in a pipeline."""
-    key = name if name in STAGES else name.rpartition("_")[0]
-    return STAGES[key].unit if key in STAGES else ""
 
 
 def timeline(example: Example, threshold: float) -> Picture | None:
@@ -243,13 +241,16 @@ class Images:
 
 
 def segment_images(example: Example) -> list[Images]:
-    """The last one-channel images `(S, H, W)`, or the first channel of what has no other: of the shared segment that differs most, and of the last segment that
-    only one side has. Empty where a pipeline has no such images."""
-    sides = [_last_images(example.reference), _last_images(example.candidate)]
-    if None in sides:
+    """What the network sees: of the shared segment that differs most, and of the last segment that only one side has.
+
+    From the last one-channel images `(S, H, W)` of each pipeline, or, where it has only images of several channels
+    `(S, C, H, W)`, the first channel of the last. Empty where a pipeline has neither.
+    """
+    reference, candidate = _last_images(example.reference), _last_images(example.candidate)
+    if reference is None or candidate is None:
         return []
-    (stage, a, times), (_, b, other_times) = sides
-    unit = _unit(stage)
+    stage, unit, a, times = reference
+    _, _, b, other_times = candidate
     shared, height, width = (min(m, n) for m, n in zip(a.shape, b.shape, strict=True))
     delta = b[:shared, :height, :width] - a[:shared, :height, :width]
     chosen = int(np.abs(delta).mean(axis=(1, 2)).argmax())
@@ -281,15 +282,18 @@ def _segment_name(index: int, times: Sequence[tuple[float, float] | None]) -> st
     return f"Segment {index + 1}, {start:g} to {stop:g} s"
 
 
-def _last_images(trace: Mapping[str, Signal]) -> tuple[str, np.ndarray, Sequence[tuple[float, float] | None]] | None:
-    found = [(key, signal) for key, signal in trace.items() if signal.data.ndim == 3]
-    found = found or [(key, signal) for key, signal in trace.items() if signal.data.ndim == 4]
+def _last_images(
+    trace: Mapping[str, Output],
+) -> tuple[str, str, np.ndarray, Sequence[tuple[float, float] | None]] | None:
+    """The stage, its unit, the images `(S, H, W)` and each one's start and end in seconds, or None for a picture's."""
+    found = [(key, output) for key, output in trace.items() if output.signal.data.ndim == 3]
+    found = found or [(key, output) for key, output in trace.items() if output.signal.data.ndim == 4]
     if not found:
         return None
-    key, signal = found[-1]
+    key, (signal, unit) = found[-1]
     images = signal.data.float().numpy()
     images = images if images.ndim == 3 else images[:, 0]
-    return key, images, signal.metadata.get("segment_times_s", [None] * len(images))
+    return key, unit, images, signal.metadata.get("segment_times_s", [None] * len(images))
 
 
 def _difference_image(delta: np.ndarray, times: tuple[float, float] | None, unit: str, name: str) -> Picture:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from skewless.core.catalogue import check
 
 
 @dataclass(frozen=True)
@@ -15,13 +17,16 @@ class Config:
 
     schedule: "cosine", down to 0 over all epochs; or "plateau", halved after `plateau_patience` epochs without a lower
         validation loss. patience: epochs without a better validation AUC before training stops.
-    segment_loss: weight of a second loss on a recording's highest segment logit (max-pooling multiple-instance learning),
-        beside the one on its bag logit; without it nothing trains the segment head.
-    augmentation: of cached spectrograms (skewless.training.augment). copies: augmented copies of every training recording
-        (skewless.training.offline_augmentation), which go through the whole pipeline.
+    loss: `{name: {parameter: value}}`, such as {"bag": {"segment_loss": 0.5}}, one of skewless.training.losses.LOSSES, or
+        "FILE.py:Class" of the archive's folder. None: the network's own, `Network.default_loss`.
+    augmentation: of cached spectrograms, anew in every epoch (skewless.training.augment).
+    offline_augmentation: augmented copies of every training recording, made once, which go through the whole pipeline
+        (skewless.training.offline_augmentation).
     backbone_weights: "" (random), "imagenet" (torchvision downloads them) or a ResNet-18 state-dict file.
     trained: "all", or "head": what follows `encode`; `encode` then keeps its weights, and every input's features are
         computed once. Without backbone weights its batch statistics are first measured on the training set.
+
+    Raises ValueError naming the setting, its value and what was expected.
     """
 
     epochs: int = 20
@@ -32,31 +37,33 @@ class Config:
     schedule: Literal["cosine", "plateau"] = "cosine"
     plateau_patience: int = 5
     seed: int = 42
-    segment_loss: float = 0.5
+    loss: dict[str, dict[str, Any]] | None = None
     augmentation: bool = True
-    copies: int = 0
+    offline_augmentation: int = 0
     backbone_weights: str = ""
     trained: Literal["all", "head"] = "all"
 
     def __post_init__(self):
-        if self.segment_loss < 0 or self.copies < 0:
-            raise ValueError(f"segment_loss {self.segment_loss}, copies {self.copies}: expected 0 or more")
-        if not (self.learning_rate > 0 and self.weight_decay >= 0):
-            raise ValueError(
-                f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay}: expected above 0, and 0 or more"
-            )
+        check(Config, asdict(self), "training settings")
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 2),  # batch normalisation needs two inputs
+            ("patience", 1),
+            ("plateau_patience", 1),
+            ("seed", 0),
+            ("offline_augmentation", 0),
+            ("weight_decay", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"training settings: {name} is {getattr(self, name)}, expected at least {least}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"training settings: learning_rate is {self.learning_rate}, expected a number above 0")
+        if self.loss is not None and len(self.loss) != 1:
+            raise ValueError(f"training settings: loss is {self.loss}, expected one 'name: {{parameters}}'")
         if self.trained == "head" and self.augmentation:
             raise ValueError(
                 "features are computed once, so nothing can be augmented: trained: head needs augmentation: false"
             )
-        if self.epochs < 1 or self.batch_size < 2 or min(self.patience, self.plateau_patience) < 1:
-            raise ValueError(
-                f"epochs {self.epochs}, batch_size {self.batch_size}, patience {self.patience}, plateau_patience "
-                f"{self.plateau_patience}: expected at least 1, 2, 1 and 1"
-            )
-        for name, choices in (("schedule", ("cosine", "plateau")), ("trained", ("all", "head"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(choices)}")
 
     def rate(self, history: list[dict[str, float]]) -> float:
         """The learning rate of the epoch that follows `history`: a function of it alone, so that an interrupted run
@@ -76,16 +83,6 @@ class Config:
 
 
 def config_of(settings: Mapping[str, Any]) -> Config:
-    """The Config with these settings and the defaults; raises ValueError for one that it does not have."""
-    known = [f.name for f in fields(Config)]
-    unknown = sorted(str(name) for name in settings if name not in known)
-    if unknown:
-        raise ValueError(f"unknown training setting {', '.join(unknown)}; there are: {', '.join(known)}")
-    for name, value in settings.items():
-        kind = type(getattr(Config, name))
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            # YAML reads 1e-3, without a point, as text.
-            raise ValueError(
-                f"training setting {name} is {value!r}, expected {kind.__name__} (such as {getattr(Config, name)!r})"
-            )
-    return Config(**settings)
+    """The Config with these settings, as a recipe gives them, and the defaults; raises ValueError for one that it does not
+    have or that has another type."""
+    return Config(**check(Config, settings, "training settings"))

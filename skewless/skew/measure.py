@@ -1,24 +1,21 @@
-"""Where two pipelines part, by how much, and what that does to the probability. Pure: bytes in, numbers out."""
+"""One recording through two pipelines: where their outputs differ, by how much, and what that does to the probability."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
+from skewless.core.align import Row, align
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import Postprocessor
 from skewless.core.runtimes import Runtime
 from skewless.core.service import Scored
 from skewless.core.stages import InputError, Payload, PipelineError, Signal, Stage
-from skewless.evaluation.evaluate import at_threshold
-from skewless.skew.align import Alignment, Row, align
 
 
 class Tally:
@@ -74,6 +71,13 @@ class Tally:
         }
 
 
+class Output(NamedTuple):
+    """What a stage gave, with the unit of its values, such as "dB". A stage that passes values on keeps their unit."""
+
+    signal: Signal
+    unit: str
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What both pipelines hold after one row of the alignment, for one recording.
@@ -86,16 +90,16 @@ class Outcome:
     tally: Tally | None
 
 
-def compare(reference: tuple[str, Signal] | None, candidate: tuple[str, Signal] | None) -> Outcome:
-    """Compare two outputs, each with its unit; None: nothing has been made yet.
+def compare(reference: Output | None, candidate: Output | None) -> Outcome:
+    """Compare what the two pipelines hold; None for one that has no output yet.
 
     Same means the same shape and equal values, whatever the floating-point type.
     """
     if reference is None or candidate is None:
-        return Outcome(False, tuple(side and tuple(side[1].data.shape) for side in (reference, candidate)), None)
-    (unit, a), (other, b) = ((unit, signal.data) for unit, signal in (reference, candidate))
+        return Outcome(False, tuple(side and tuple(side.signal.data.shape) for side in (reference, candidate)), None)
+    a, b = reference.signal.data, candidate.signal.data
     shapes = tuple(a.shape), tuple(b.shape)
-    comparable = a.ndim == b.ndim and unit == other
+    comparable = a.ndim == b.ndim and reference.unit == candidate.unit
     tally = Tally.of(a, b) if comparable else None
     return Outcome(comparable and shapes[0] == shapes[1] and not tally.affected, shapes, tally)
 
@@ -143,7 +147,7 @@ class Measurement:
 
 
 class Comparator:
-    """Runs recordings through a reference pipeline, a candidate, and every mixture that attribution needs."""
+    """Runs recordings through a reference pipeline, a candidate, and the mixtures of both that show what each edit does."""
 
     def __init__(
         self,
@@ -170,7 +174,8 @@ class Comparator:
         """
         ours, theirs = self.traces(payload)
         known = [
-            (tuple(p.stages.values()), list(t.values())) for p, t in ((self.reference, ours), (self.candidate, theirs))
+            (tuple(pipeline.stages.values()), [output.signal for output in trace.values()])
+            for pipeline, trace in ((self.reference, ours), (self.candidate, theirs))
         ]
         scores: dict[bytes, Scored] = {}
         reference, candidate = (
@@ -203,13 +208,14 @@ class Comparator:
             frozenset(inert),
         )
 
-    def traces(self, payload: bytes) -> tuple[dict[str, Signal], dict[str, Signal]]:
-        """Every signal in the reference and in the candidate, by stage, in order; raises as `measure` does."""
+    def traces(self, payload: bytes) -> tuple[dict[str, Output], dict[str, Output]]:
+        """Every stage's output in the reference and in the candidate, in order; raises as `measure` does."""
         start = self._payload(payload)
-        return tuple(
-            dict(zip(p.stages, _named(side, self._run, tuple(p.stages.values()), start, []), strict=True))
-            for side, p in (("reference", self.reference), ("candidate", self.candidate))
+        ours, theirs = (
+            _with_units(pipeline, _named(side, self._run, tuple(pipeline.stages.values()), start, []))
+            for side, pipeline in (("reference", self.reference), ("candidate", self.candidate))
         )
+        return ours, theirs
 
     def _payload(self, payload: bytes) -> Payload:
         # One head for all, so that a shared prefix of two pipelines has one result; more of it changes no output.
@@ -245,24 +251,36 @@ class Comparator:
         tensor = signal.data.contiguous()
         key = hashlib.sha256(repr((tensor.dtype, tensor.shape, times)).encode() + tensor.numpy().tobytes()).digest()
         if key not in scores:
+            # Numbers of a pipeline that nobody trained with can be refused in any way.
             try:
                 (outputs,) = self._runtime([tensor])
-            except RuntimeError as error:
+            except Exception as error:
                 raise PipelineError(f"the network cannot take {tuple(tensor.shape)} {tensor.dtype}: {error}") from error
-            scores[key] = Scored(
-                self._postprocessor.scores(outputs), tuple(self._postprocessor.parts(outputs, signal.metadata))
-            )
+            try:
+                parts = tuple(self._postprocessor.parts(outputs, signal.metadata))
+                scores[key] = Scored(self._postprocessor.scores(outputs), parts)
+            except Exception as error:
+                raise PipelineError(f"the post-processing cannot take what the network gives: {error}") from error
         return scores[key]
 
-    def _outcomes(self, ours: Iterable[Signal], theirs: Iterable[Signal]) -> list[Outcome]:
+    def _outcomes(self, ours: Iterable[Output], theirs: Iterable[Output]) -> list[Outcome]:
         left, right = iter(ours), iter(theirs)
         a = b = None
         outcomes = []
         for row in self.alignment.rows:
-            a = (row.reference[1].unit or a[0], next(left)) if row.reference else a
-            b = (row.candidate[1].unit or b[0], next(right)) if row.candidate else b
+            a = next(left) if row.reference else a
+            b = next(right) if row.candidate else b
             outcomes.append(compare(a, b))
         return outcomes
+
+
+def _with_units(pipeline: Pipeline, signals: Sequence[Signal]) -> dict[str, Output]:
+    """A pipeline's signals by stage, each with its unit."""
+    outputs, unit = {}, ""
+    for (key, stage), signal in zip(pipeline.stages.items(), signals, strict=True):
+        unit = stage.unit or unit
+        outputs[key] = Output(signal, unit)
+    return outputs
 
 
 def _named(side: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -273,204 +291,3 @@ def _named(side: str, function: Callable[..., Any], *args: Any) -> Any:
         raise InputError(f"{side}: {error}", error.kind) from error
     except PipelineError as error:
         raise PipelineError(f"{side} pipeline: {error}") from error
-
-
-def summarize(
-    alignment: Alignment,
-    measurements: Sequence[Measurement],
-    threshold: float,
-    classes: Sequence[str] = ("negative", "positive"),
-) -> dict[str, Any]:
-    """All recordings together, in plain JSON types: stages, first divergence, attribution, decisions, recordings.
-
-    Attribution counts along two ways, both as changes of the probability: each edit alone on the reference, and all
-    edits in pipeline order, whose increments add up to the whole change. An edit after which some recording cannot run
-    has no increment of its own: it counts with the next edit that has one. Interaction is the whole change less all
-    the changes alone. Raises ValueError without recordings.
-    """
-    if not measurements:
-        raise ValueError("there is no recording to compare")
-    firsts = [first_divergence(alignment.rows, m.outcomes) for m in measurements]
-    stages = [_stage_summary(alignment, at, measurements, firsts) for at in range(len(alignment.rows))]
-    own = [all(m.cumulative[k] is not None for m in measurements) for k in range(len(alignment.edits))]
-    chains = [_chain(m, own) for m in measurements]
-    edits = []
-    for k, edit in enumerate(alignment.edits):
-        alone = [(m, m.reference, score) for m in measurements if (score := m.alone[k]) is not None]
-        edits.append(
-            {
-                "edit": str(edit),
-                "kind": edit.kind,
-                "stage": edit.stage,
-                "changes": {name: list(pair) for name, pair in edit.changes.items()},
-                "alone": _effect(alone, threshold),
-                "inputs_changed_alone": len(alone) - sum(k in m.inert for m in measurements),
-                "in_order": _effect([(m, *chain[k]) for m, chain in zip(measurements, chains, strict=True)], threshold)
-                if own[k]
-                else None,
-                "counted_with": None if own[k] else own.index(True, k),
-                "cannot_run": {
-                    way: dict(Counter(m.failures[way, k] for m in measurements if (way, k) in m.failures))
-                    for way in ("alone", "in_order")
-                },
-            }
-        )
-    interactions = [i for m in measurements if (i := _interaction(m)) is not None]
-    return {
-        "threshold": threshold,
-        "classes": list(classes),
-        "recordings_compared": len(measurements),
-        "inputs_identical": sum(m.outcomes[-1].same for m in measurements),
-        "first_divergence": _first_summary(stages, firsts),
-        "stages": stages,
-        "edits": edits,
-        "together": _effect([(m, m.reference, m.candidate) for m in measurements], threshold),
-        "interaction": {
-            "mean": float(np.mean(interactions)) if interactions else None,
-            "mean_abs": float(np.mean(np.abs(interactions))) if interactions else None,
-            "max_abs": float(np.max(np.abs(interactions))) if interactions else None,
-            "recordings": len(interactions),
-        },
-        "metrics": _metrics(measurements, threshold, classes),
-        "recordings": [
-            _recording_summary(alignment, m, threshold, classes, first, chain, own)
-            for m, first, chain in zip(measurements, firsts, chains, strict=True)
-        ],
-    }
-
-
-def _stage_summary(
-    alignment: Alignment, at: int, measurements: Sequence[Measurement], firsts: Sequence[int | None]
-) -> dict[str, Any]:
-    row, outcomes = alignment.rows[at], [m.outcomes[at] for m in measurements]
-    tally = Tally()
-    for outcome in outcomes:
-        if outcome.tally:
-            tally.add(outcome.tally)
-    shapes = Counter(o.shapes for o in outcomes if o.shapes[0] != o.shapes[1])
-    return {
-        "stage": row.label,
-        "reference": row.reference and row.reference[0],
-        "candidate": row.candidate and row.candidate[0],
-        "definition": alignment.definition(row),
-        "edit": row.edit,
-        "same": all(o.same for o in outcomes),
-        "recordings_differing": sum(not o.same for o in outcomes),
-        "recordings_diverging_here_first": firsts.count(at),
-        "unit": (row.reference or row.candidate)[1].unit or "as before",
-        "difference": tally.summary(),
-        "shapes": [
-            {"reference": a and list(a), "candidate": b and list(b), "recordings": count}
-            for (a, b), count in shapes.most_common()
-        ],
-    }
-
-
-def _first_summary(stages: list[dict[str, Any]], firsts: Sequence[int | None]) -> dict[str, Any] | None:
-    found = [at for at in firsts if at is not None]
-    if not found:
-        return None
-    at = min(found)
-    seen = (s["stage"] for s in stages[at:] if s["reference"] and s["candidate"] and not s["same"])
-    return {
-        "row": at,
-        "stage": stages[at]["stage"],
-        "definition": stages[at]["definition"],
-        "recordings": found.count(at),
-        "seen_at": next(seen, None),
-    }
-
-
-def _chain(m: Measurement, own: Sequence[bool]) -> list[tuple[Scored, Scored] | None]:
-    """(before, after) of every edit in order that has an increment of its own."""
-    chain, before = [], m.reference
-    for k, after in enumerate(m.cumulative):
-        chain.append((before, after) if own[k] else None)
-        before = after if own[k] else before
-    return chain
-
-
-def _interaction(m: Measurement) -> float | None:
-    if any(p is None for p in m.alone):
-        return None
-    return m.change - sum(m.probability(score) - m.probability(m.reference) for score in m.alone)
-
-
-def _effect(pairs: Sequence[tuple[Measurement, Scored, Scored]], threshold: float) -> dict[str, Any]:
-    """Mean, mean absolute and largest change of the probability, and how many decisions change, of (recording, answer
-    before, answer after)."""
-    changes = np.array([m.probability(after) - m.probability(before) for m, before, after in pairs])
-    return {
-        "mean": float(changes.mean()) if pairs else None,
-        "mean_abs": float(np.abs(changes).mean()) if pairs else None,
-        "max_abs": float(np.abs(changes).max()) if pairs else None,
-        "flips": sum(before.chosen(threshold) != after.chosen(threshold) for _, before, after in pairs),
-        "recordings": len(pairs),
-    }
-
-
-def _metrics(measurements: Sequence[Measurement], threshold: float, classes: Sequence[str]) -> dict[str, Any] | None:
-    """AUC and the metrics of the decisions, both ways; None unless every class occurs. With more than two classes the
-    means over each against the rest."""
-    if {m.label for m in measurements} != set(range(len(classes))):
-        return None
-    labels = np.array([m.label for m in measurements])
-    found = {}
-    for side in ("reference", "candidate"):
-        answers = [getattr(m, side) for m in measurements]
-        scores = np.array([answer.scores for answer in answers])
-        if len(classes) == 2:
-            found[side] = {
-                "auc": float(roc_auc_score(labels, scores[:, 0])),
-                **at_threshold(labels, scores[:, 0], threshold),
-            }
-        else:
-            chosen = [answer.chosen(threshold) for answer in answers]
-            figures = precision_recall_fscore_support(labels, chosen, average="macro", zero_division=0.0)
-            found[side] = {
-                "auc": float(roc_auc_score(np.eye(len(classes))[labels], scores, average="macro")),
-                "accuracy": float(np.mean(chosen == labels)),
-                **dict(zip(("precision", "recall", "f1"), map(float, figures[:3]), strict=True)),
-            }
-    return found
-
-
-def _recording_summary(
-    alignment: Alignment,
-    m: Measurement,
-    threshold: float,
-    classes: Sequence[str],
-    first: int | None,
-    chain: Sequence[tuple[Scored, Scored] | None],
-    own: Sequence[bool],
-) -> dict[str, Any]:
-    sides = {"reference": m.reference, "candidate": m.candidate}
-    return {
-        "name": m.name,
-        "label": None if m.label is None else classes[m.label],
-        "probability": {side: m.probability(score) for side, score in sides.items()},
-        "chosen": {side: classes[score.chosen(threshold)] for side, score in sides.items()},
-        "change": m.change,
-        "alone": [None if s is None else m.probability(s) - m.probability(m.reference) for s in m.alone],
-        "in_order": [
-            m.probability(chain[k][1]) - m.probability(chain[k][0]) if own[k] else None for k in range(len(chain))
-        ],
-        "interaction": _interaction(m),
-        "first_divergence": None if first is None else alignment.rows[first].label,
-        "segments": {
-            side: {
-                "probabilities": [p.probability for p in s.parts],
-                "times_s": [[p.start_s, p.end_s] for p in s.parts],
-            }
-            for side, s in sides.items()
-        },
-        "stages": [
-            {
-                "stage": row.label,
-                "same": o.same,
-                "shapes": [shape and list(shape) for shape in o.shapes],
-                "difference": o.tally and o.tally.summary(),
-            }
-            for row, o in zip(alignment.rows, m.outcomes, strict=True)
-        ],
-    }
