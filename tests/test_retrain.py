@@ -15,7 +15,7 @@ import pytest
 import skewless.torchserve.retrain as module
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve.retrain import STATUS, Status, check_version, merged, next_version, read_status
-from skewless.training.fit import Config
+from skewless.training.config import Config
 from skewless.training.manifest import ManifestError
 from tests.conftest import ROOT, run_script
 
