@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from skewless.packaging.build import BuildError, build_archive
-from tests.conftest import ROOT, Demonstration, run_skewless
 from skewless.training.checkpoint import CheckpointError, file_digest, load_checkpoint
+from tests.conftest import ROOT, Demonstration, run_skewless
 
 COUGH = ROOT / "archive" / "cough"
 

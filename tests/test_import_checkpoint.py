@@ -22,7 +22,8 @@ from torch import nn
 from skewless.core.definition import Definition
 from skewless.core.networks import Network
 from skewless.core.pipeline import Pipeline
-from skewless.evaluation.evaluate import evaluate, predict, service_of
+from skewless.evaluation.evaluate import evaluate
+from skewless.evaluation.scores import predict, service_of
 from skewless.importers.agreement import check_config, check_servable
 from skewless.importers.checkpoint import write
 from skewless.importers.errors import ImportFileError

@@ -22,7 +22,7 @@ from skewless.core.runtimes import RUNTIMES
 from skewless.core.service import ModelService
 from skewless.core.stages import InputError
 from skewless.errors import BuildError
-from skewless.evaluation.evaluate import predict
+from skewless.evaluation.scores import predict
 from skewless.training.manifest import Recording, manifest_digest
 
 # How far a reduced network's AUC may be from the evaluated one.
