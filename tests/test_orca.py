@@ -33,8 +33,10 @@ from skewless.core.postprocess.seconds_vote import SecondsVote
 from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.stages import STAGES, InputError, PipelineError, Signal
 from skewless.demos import orca as corpus
+from skewless.importers.errors import ImportFileError
 from skewless.importers.fastai import is_fastai, rename
-from skewless.importers.pytorch import LegacyError, network_from, read_legacy
+from skewless.importers.pytorch import read_pytorch
+from skewless.importers.weights import network_from
 from skewless.training.checkpoint import CheckpointError
 from tests import recordings
 from tests.oracles import orca as oracle
@@ -589,7 +591,7 @@ def optimizer_state() -> dict[str, Any]:
 def test_learners_are_imported(learner, tmp_path, content):
     weights = learner.state_dict()
     saves = {"learn.save": {"model": weights, "opt": optimizer_state()}, "state dict": weights}
-    old = read_legacy(saved(tmp_path / "stage-2.pth", saves[content]))
+    old = read_pytorch(saved(tmp_path / "stage-2.pth", saves[content]))
     assert is_fastai(old.weights)
     imported = network_from(rename(old.weights), DEFINITION)
     with torch.inference_mode():
@@ -638,11 +640,11 @@ class Evil:
 def test_an_exported_learner_is_refused_and_nothing_of_it_runs(learner, tmp_path):
     """`learn.export()` pickles the model itself, and whatever it holds."""
     path = saved(tmp_path / "export.pkl", {"model": learner, "data": Evil(tmp_path / "ran")})
-    with pytest.raises(LegacyError, match=r"export\.pkl is refused.*Nothing of it ran.*model\.state_dict\(\)"):
-        read_legacy(path)
+    with pytest.raises(ImportFileError, match=r"export\.pkl is refused.*Nothing of it ran.*model\.state_dict\(\)"):
+        read_pytorch(path)
     path = saved(tmp_path / "evil.pth", {"model": learner.state_dict(), "opt": Evil(tmp_path / "ran")})
-    with pytest.raises(LegacyError, match=r"evil\.pth is refused.*mkdir"):
-        read_legacy(path)
+    with pytest.raises(ImportFileError, match=r"evil\.pth is refused.*mkdir"):
+        read_pytorch(path)
     assert not (tmp_path / "ran").exists()
 
 

@@ -108,7 +108,7 @@ def build_archive(
         "git_commit": _git_commit(),
         "library_versions": library_versions(definition.packages),
         "accepted_untrained": sorted({*recorded, *accept_untrained}),
-        "runtime": execution.facts(),
+        "runtime": execution.metadata(),
         "evaluation": measured,
     }
     out.mkdir(parents=True, exist_ok=True)
