@@ -36,8 +36,9 @@ from skewless.demos import orca as corpus
 from skewless.importers.errors import ImportFileError
 from skewless.importers.fastai import is_fastai, rename
 from skewless.importers.pytorch import read_pytorch
+from skewless.importers.run import ImportRequest, import_file
 from skewless.importers.weights import network_from
-from skewless.training.checkpoint import CheckpointError
+from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
 from tests import recordings
 from tests.oracles import orca as oracle
 from tests.recordings import one_thread  # noqa: F401
@@ -594,6 +595,15 @@ def test_learners_are_imported(learner, tmp_path, content):
     old = read_pytorch(saved(tmp_path / "stage-2.pth", saves[content]))
     assert is_fastai(old.weights)
     imported = network_from(rename(old.weights), DEFINITION)
+    with torch.inference_mode():
+        assert torch.equal(imported(IMAGES), learner(IMAGES))
+
+
+def test_a_learner_becomes_a_checkpoint_of_the_archive(learner, tmp_path):
+    path = saved(tmp_path / "stage-2.pth", {"model": learner.state_dict(), "opt": optimizer_state()})
+    request = ImportRequest(ARCHIVE, path, tmp_path / "best.pth", pipeline=ARCHIVE / "pipeline.yaml")
+    assert import_file(request).format == "pytorch"
+    imported = network_of(load_checkpoint(tmp_path / "best.pth"), DEFINITION)
     with torch.inference_mode():
         assert torch.equal(imported(IMAGES), learner(IMAGES))
 
