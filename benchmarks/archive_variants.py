@@ -16,7 +16,7 @@ from tqdm import tqdm
 from skewless.core.definition import Definition
 from skewless.core.pipeline import Pipeline
 from skewless.core.service import ModelService
-from skewless.evaluation.evaluate import service_of
+from skewless.evaluation.scores import service_of
 from skewless.skew.aggregate import summarize
 from skewless.skew.measure import Comparator
 from skewless.training.checkpoint import load_checkpoint

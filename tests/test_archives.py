@@ -14,16 +14,16 @@ import torch
 import yaml
 from PIL import Image
 
-from skewless.core.postprocess import Postprocessor, build_postprocessor
 from skewless.core.pipeline import Pipeline
+from skewless.core.postprocess import Postprocessor, build_postprocessor
+from skewless.errors import BuildError
 from skewless.packaging.build import build_archive
 from skewless.torchserve.client import Client
-from skewless.errors import BuildError
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
+from skewless.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from tests.conftest import OTHERS, ROOT, Demonstration
 from tests.test_build import edited_checkpoint
-from skewless.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
 def reference(made: Demonstration, number: int = -1) -> tuple[bytes, dict]:

@@ -30,7 +30,7 @@ def archive(tiny_model: TinyModel, tmp_path_factory) -> Path:  # noqa: F811
     checkpoint = load_checkpoint(tiny_model.checkpoint)
     device = torch.device("cpu")
     evaluate(definition, checkpoint, tiny_model.checkpoint, recordings, "test", root / "test", device, references=3)
-    return build_archive(tiny_model.archive, tiny_model.checkpoint, root / "test", "1.0", root / "store")
+    return build_archive(tiny_model.archive, tiny_model.checkpoint, root / "test", "1.0", root / "store").path
 
 
 def rows(text: str) -> list[list[str]]:

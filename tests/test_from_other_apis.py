@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from skewless.demos.talent import MIN_COUNT, examples
 from skewless.torchserve.retrain import Status, read_status
 from skewless.torchserve.server import Server
 from tests.conftest import ROOT, Demonstration
-from skewless.demos.talent import MIN_COUNT, examples
 
 BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETUP, COUGH, TALENT, RETRAIN, DEFAULT, PICTURES, LOAD, PORTRAIT = BLOCK.findall(

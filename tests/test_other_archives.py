@@ -11,9 +11,8 @@ import torch
 from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
-from tests.conftest import Demonstration, run_skewless
 from skewless.training.checkpoint import load_checkpoint
-
+from tests.conftest import Demonstration, run_skewless
 
 COUGH = "archive/cough"
 

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from PIL.ExifTags import Base
 
-from skewless.core.postprocess import build_postprocessor
 from skewless.core.pipeline import Pipeline
+from skewless.core.postprocess import build_postprocessor
 from skewless.core.stages import InputError, Payload, PipelineError, Signal
 from skewless.core.stages.image import DecodeImage
+from skewless.demos import portrait as corpus
 from tests.keras_on_torch import keras
 from tests.oracles import portrait as oracle
 from tests.recordings import one_thread  # noqa: F401
-from skewless.demos import portrait as corpus
 
 ARCHIVE = Path(__file__).parents[1] / "archive" / "portrait"
 PIPELINE = Pipeline.from_yaml(ARCHIVE / "pipeline.yaml")

@@ -536,3 +536,12 @@ def test_three_classes_have_no_threshold(comparator, reference):
     assert report["metrics"]["candidate"]["accuracy"] == pytest.approx(2 / 3)
     assert threshold_phrase(report) == ""
     assert threshold_phrase(report | {"classes": ["no", "yes"]}) == " at threshold 0.7"
+
+
+@pytest.mark.parametrize("path", sorted(ARCHIVE.parent.glob("*/variants/*.yaml")), ids=lambda path: path.stem)
+def test_every_variant_of_every_archive_is_read_and_differs(path):
+    archive = Pipeline.from_yaml(path.parents[1] / "pipeline.yaml")
+    found = Pipeline.from_yaml(path)
+    assert found.reads == archive.reads
+    assert archive.diff(found)
+    assert align(archive, found).edits

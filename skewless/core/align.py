@@ -54,9 +54,17 @@ class Row:
         return self.reference is not None and self.candidate is not None
 
     @property
+    def first(self) -> tuple[str, Stage]:
+        """The reference's key and stage, or the candidate's where only that has one."""
+        side = self.reference or self.candidate
+        if side is None:
+            raise ValueError("a row needs a stage on at least one side")
+        return side
+
+    @property
     def label(self) -> str:
         """The stage's key, the reference's where both have one."""
-        return (self.reference or self.candidate)[0]
+        return self.first[0]
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,10 @@ def align(reference: Pipeline, candidate: Pipeline) -> Alignment:
             edits.append(Edit("parameters", a[0], changes=changes))
         elif a and b:
             edits.append(Edit("replaced", a[0], successor=b[0]))
-        else:
-            edits.append(Edit("removed", a[0]) if a else Edit("inserted", b[0]))
+        elif a:
+            edits.append(Edit("removed", a[0]))
+        elif b:
+            edits.append(Edit("inserted", b[0]))
         rows.append(Row(a, b, len(edits) - 1))
 
     for _, i, i1, j, j1 in blocks:
@@ -175,7 +185,7 @@ def _moves(
 def _changes(before: Stage, after: Stage, files: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
     """What differs between two stages of one name: parameters and, for stages of own code, the code."""
     found = changed_parameters(before, after)
-    return found | files if own_name(type(before)) else found
+    return {**found, **files} if own_name(type(before)) else found
 
 
 def _changed_files(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:

@@ -19,7 +19,8 @@ from sklearn.metrics import roc_auc_score
 from skewless.core.definition import Definition
 from skewless.core.numerics import TOLERANCES
 from skewless.core.pipeline import Pipeline
-from skewless.evaluation.evaluate import MIN_REFERENCE_SPREAD, predict, score_columns, service_of
+from skewless.evaluation.references import MIN_REFERENCE_SPREAD
+from skewless.evaluation.scores import predict, score_columns, service_of
 from skewless.importers.errors import ImportFileError
 from skewless.training.cache import UnreadableRecordings
 from skewless.training.manifest import BINARY, Recording

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,23 @@ from skewless.core.selftest.record import ENTRIES, REFERENCES
 from skewless.core.service import METRICS, ModelService
 from skewless.core.versions import library_versions
 from skewless.errors import BuildError
-from skewless.evaluation.evaluate import MIN_REFERENCE_SPREAD
+from skewless.evaluation.scores import service_of
 from skewless.packaging.execution import Execution
-from skewless.packaging.probes import probes
+from skewless.packaging.references import Choice, check_evaluated, stage_references
 from skewless.training.checkpoint import file_digest, load_checkpoint, network_of, trained
 from skewless.training.untrained import UntrainedError, require_trained
 
 VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
 
 TORCHSERVE = "model-config.yaml"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built archive, and what whoever built it should know: plain sentences, for a terminal."""
+
+    path: Path
+    warnings: tuple[str, ...]
 
 
 def build_archive(
@@ -47,18 +56,20 @@ def build_archive(
     *,
     force: bool = False,
     execution: Execution | None = None,
+    references: Choice = "evaluation",
     accept_untrained: Collection[str] = (),
-) -> Path:
-    """Write `out/NAME-VERSION.mar` and return its path. The same inputs give the same bytes.
+) -> Built:
+    """Write `out/NAME-VERSION.mar`. The same inputs give the same bytes.
 
     archive: a definition (pipeline.yaml, model.yaml, and TorchServe's model-config.yaml); its folder's name is the model's.
     evaluation: what `skewless evaluate` wrote for this checkpoint.
     execution: the runtime, when not the one that model.yaml names.
+    references: the recordings that travel in the archive, as skewless.packaging.references.Choice describes.
     accept_untrained: layers that look untrained and are rightly so, beside those that the checkpoint records.
     Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
-    another pipeline, weights that do not fit, an evaluation of another checkpoint, references that are not reproduced
-    within the tier's tolerance or that barely vary, a reduced precision whose AUC is another, or a different archive
-    already there (unless `force`).
+    another pipeline, weights that do not fit, an evaluation of another checkpoint or one that did not reproduce its training,
+    references that are not reproduced within the tier's tolerance or that barely vary, a reduced precision whose AUC is
+    another, or a different archive already there (unless `force`).
     """
     if not VERSION.fullmatch(version):
         raise BuildError(f"version is {version!r}, expected digits and letters joined by dots, such as 1.0")
@@ -70,6 +81,7 @@ def build_archive(
     name, pipeline = definition.name, definition.pipeline
     _check_servable(definition)
     execution = execution or Execution.of(definition.runtime)
+    definition = replace(definition, runtime=execution.definition(definition.runtime))
     network = network_of(checkpoint, definition)
     measured = json.loads((evaluation / METRICS).read_text(encoding="utf-8"))
     if measured.get("checkpoint_sha256") != file_digest(checkpoint_path):
@@ -79,6 +91,8 @@ def build_archive(
     if "classes" not in measured:
         raise BuildError(f"{evaluation} was written by another version of `skewless evaluate`; run it again")
     recorded = checkpoint.get("accepted_untrained", [])
+    _check_reproduced(checkpoint, measured, evaluation)
+    check_evaluated(evaluation)
     _check_trained(network, measured, accept_untrained, recorded)
     metrics = {
         "model_name": name,
@@ -95,25 +109,25 @@ def build_archive(
         "git_commit": _git_commit(),
         "library_versions": library_versions(definition.packages),
         "accepted_untrained": sorted({*recorded, *accept_untrained}),
-        "runtime": execution.facts(),
+        "runtime": execution.metadata(),
         "evaluation": measured,
     }
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch, "staged")
         copy_code(staged)
-        _copy_definition(definition, execution, staged)
-        shutil.copytree(evaluation / REFERENCES, staged / REFERENCES)
-        weights = execution.write_weights(network, pipeline, staged)
-        files = (weights.name, *network.files)
-        metrics["weights_sha256"] = {file: file_digest(staged / file) for file in files}
+        _copy_definition(definition, staged)
+        service = service_of(definition, checkpoint, torch.device("cpu"))
+        metrics["references"], warnings = stage_references(references, evaluation, measured["split"], staged, service)
+        weights = [*execution.write(network, pipeline, staged), *(staged / file for file in network.files)]
+        metrics["weights_sha256"] = {path.relative_to(staged).as_posix(): file_digest(path) for path in weights}
         _write_metrics(metrics, staged)
         if execution.tier == "reduced":
             service = ModelService.load(staged, torch.device("cpu"), replay=False)
             metrics["runtime"]["measured"] = execution.measure(service, evaluation)
             _write_metrics(metrics, staged)
         _run_self_test(staged)
-        unpacked = _archive_directory(staged, weights, name, version, Path(scratch))
+        unpacked = _archive_directory(staged, weights[0], name, version, Path(scratch))
         packed = Path(scratch, "packed")
         _zip_reproducibly(unpacked, packed)
         target = out / f"{name}-{version}.mar"
@@ -121,7 +135,7 @@ def build_archive(
             raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
         with atomic(target) as unfinished:
             shutil.move(packed, unfinished)
-    return target
+    return Built(target, tuple(warnings))
 
 
 def copy_code(staged: Path) -> None:
@@ -132,14 +146,14 @@ def copy_code(staged: Path) -> None:
     shutil.copyfile(resources.CORE.parent / "__init__.py", staged / "skewless" / "__init__.py")
 
 
-def _copy_definition(definition: Definition, execution: Execution, staged: Path) -> None:
+def _copy_definition(definition: Definition, staged: Path) -> None:
     """The folder's files: the pipeline with what training has fitted, model.yaml as it is, comments too, unless the
     runtime is another, and the Python files, requirements and network files that they name."""
     (staged / PIPELINE).write_text(definition.pipeline.to_yaml(), encoding="utf-8")
     text = (definition.folder / MODEL).read_text(encoding="utf-8")
-    runtime = execution.definition(definition.runtime)
-    if definition.runtime != runtime:
-        text = yaml.safe_dump(yaml.safe_load(text) | {"runtime": runtime}, sort_keys=False)
+    content = yaml.safe_load(text)
+    if definition.runtime != content["runtime"]:
+        text = yaml.safe_dump(content | {"runtime": definition.runtime}, sort_keys=False)
     (staged / MODEL).write_text(text, encoding="utf-8")
     files = [TORCHSERVE, *definition.code, *definition.network_files]
     files += [REQUIREMENTS] if (definition.folder / REQUIREMENTS).is_file() else []
@@ -171,26 +185,8 @@ def _write_metrics(metrics: dict[str, Any], folder: Path) -> None:
 
 def _run_self_test(staged: Path) -> None:
     """Record every stage for the references and the probes, and load the archive as a worker will."""
-    references = staged / REFERENCES
-    entries = json.loads((references / ENTRIES).read_text(encoding="utf-8"))
-    for entry in entries:
-        if file_digest(references / entry["file"]) != entry["sha256"]:
-            raise BuildError(f"reference {entry['file']} is not the file that was evaluated ({entry['source']})")
-    if len(entries) < 2:
-        raise BuildError(f"the evaluation kept {len(entries)} references, expected at least 2; evaluate again")
-    # One column per score; the one that moves most.
-    columns = zip(*(entry["scores"] for entry in entries), strict=True)
-    low, high = max(((min(c), max(c)) for c in columns), key=lambda ends: ends[1] - ends[0])
-    if not high - low >= MIN_REFERENCE_SPREAD:
-        raise BuildError(
-            f"the references' probabilities span only {high - low:.4f} (from {low:.4f} to {high:.4f}, "
-            f"expected at least {MIN_REFERENCE_SPREAD}): the network looks untrained; is this the trained checkpoint?"
-        )
     device = torch.device("cpu")
     untested = ModelService.load(staged, device, replay=False)
-    (references / "probes").mkdir()
-    for name, payload in probes(untested.pipeline.reads).items():
-        (references / "probes" / name).write_bytes(payload)
     record(untested.definition, untested.runtime)
     try:
         service = ModelService.load(staged, device)
@@ -199,10 +195,20 @@ def _run_self_test(staged: Path) -> None:
             f"the references are not reproduced, so weights, libraries or code are not the evaluation's: {error}"
         ) from error
     # The limits and the answer's fields are no part of the self-test.
-    for entry in entries:
+    references = staged / REFERENCES
+    for entry in json.loads((references / ENTRIES).read_text(encoding="utf-8")):
         (answer,) = service.predict([Request((references / entry["file"]).read_bytes())])
         if answer.status != 200:
             raise BuildError(f"the archive refuses its own reference {entry['file']}: {answer.body['message']}")
+
+
+def _check_reproduced(checkpoint: dict[str, Any], measured: dict[str, Any], evaluation: Path) -> None:
+    """A checkpoint of ours has to have had its training reproduced. Of an imported one there is nothing to reproduce."""
+    if checkpoint["validation_scores"] and not (measured.get("training_reproduced") or {}).get("recordings"):
+        raise BuildError(
+            f"{evaluation} reproduced none of the scores that training computed; run `skewless evaluate` with a manifest whose "
+            "val split has recordings that training validated on"
+        )
 
 
 def _check_trained(
@@ -253,6 +259,6 @@ def _zip_reproducibly(folder: Path, target: Path) -> None:
             info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
             info.external_attr = 0o644 << 16
             # Weights do not compress; storing them keeps building and loading fast.
-            stored = path.suffix in (".safetensors", ".onnx")
+            stored = path.suffix in (".safetensors", ".onnx", ".pt2")
             info.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
             archive.writestr(info, path.read_bytes())

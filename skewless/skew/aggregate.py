@@ -11,7 +11,7 @@ from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 from skewless.core.align import Alignment
 from skewless.core.service import Scored
-from skewless.evaluation.evaluate import at_threshold
+from skewless.evaluation.metrics import at_threshold
 from skewless.skew.measure import Measurement, Tally, first_divergence
 
 
@@ -21,12 +21,12 @@ def summarize(
     threshold: float,
     classes: Sequence[str] = ("negative", "positive"),
 ) -> dict[str, Any]:
-    """All recordings together, in plain JSON types: stages, first divergence, attribution, decisions, recordings.
+    """All recordings together, in plain JSON types: stages, first divergence, edits, decisions, recordings.
 
-    Attribution counts along two ways, both as changes of the probability: each edit alone on the reference, and all
-    edits in pipeline order, whose increments add up to the whole change. An edit after which some recording cannot run
-    has no increment of its own: it counts with the next edit that has one. Interaction is the whole change less all
-    the changes alone. Raises ValueError without recordings.
+    What an edit does to the probability is told in two ways: alone, applied to the reference without the others; and in
+    order, as the step from all edits before it to those and itself. The steps add up to the whole change. An edit after
+    which some recording cannot run has no step of its own and is counted with the next edit that has one. The interaction
+    is the whole change less the changes by each edit alone. Raises ValueError without recordings.
     """
     if not measurements:
         raise ValueError("there is no recording to compare")
@@ -37,6 +37,7 @@ def summarize(
     edits = []
     for k, edit in enumerate(alignment.edits):
         alone = [(m, m.reference, score) for m in measurements if (score := m.alone[k]) is not None]
+        in_order = [(m, *step) for m, chain in zip(measurements, chains, strict=True) if (step := chain[k]) is not None]
         edits.append(
             {
                 "edit": str(edit),
@@ -44,10 +45,8 @@ def summarize(
                 "stage": edit.stage,
                 "changes": {name: list(pair) for name, pair in edit.changes.items()},
                 "alone": _effect(alone, threshold),
-                "inputs_changed_alone": len(alone) - sum(k in m.inert for m in measurements),
-                "in_order": _effect([(m, *chain[k]) for m, chain in zip(measurements, chains, strict=True)], threshold)
-                if own[k]
-                else None,
+                "inputs_changed_alone": len(alone) - sum(k in m.without_effect for m in measurements),
+                "in_order": _effect(in_order, threshold) if own[k] else None,
                 "counted_with": None if own[k] else own.index(True, k),
                 "cannot_run": {
                     way: dict(Counter(m.failures[way, k] for m in measurements if (way, k) in m.failures))
@@ -73,7 +72,7 @@ def summarize(
         },
         "metrics": _metrics(measurements, threshold, classes),
         "recordings": [
-            _recording_summary(alignment, m, threshold, classes, first, chain, own)
+            _recording_summary(alignment, m, threshold, classes, first, chain)
             for m, first, chain in zip(measurements, firsts, chains, strict=True)
         ],
     }
@@ -97,7 +96,7 @@ def _stage_summary(
         "same": all(o.same for o in outcomes),
         "recordings_differing": sum(not o.same for o in outcomes),
         "recordings_diverging_here_first": firsts.count(at),
-        "unit": (row.reference or row.candidate)[1].unit or "as before",
+        "unit": row.first[1].unit or "as before",
         "difference": tally.summary(),
         "shapes": [
             {"reference": a and list(a), "candidate": b and list(b), "recordings": count}
@@ -122,18 +121,24 @@ def _first_summary(stages: list[dict[str, Any]], firsts: Sequence[int | None]) -
 
 
 def _chain(m: Measurement, own: Sequence[bool]) -> list[tuple[Scored, Scored] | None]:
-    """(before, after) of every edit in order that has an increment of its own."""
-    chain, before = [], m.reference
-    for k, after in enumerate(m.cumulative):
-        chain.append((before, after) if own[k] else None)
-        before = after if own[k] else before
+    """The answers before and after each edit, in order; None for an edit that has no step of its own."""
+    chain: list[tuple[Scored, Scored] | None] = []
+    before = m.reference
+    for after, has_step in zip(m.cumulative, own, strict=True):
+        if after is None or not has_step:
+            chain.append(None)
+        else:
+            chain.append((before, after))
+            before = after
     return chain
 
 
 def _interaction(m: Measurement) -> float | None:
-    if any(p is None for p in m.alone):
+    """The whole change less those of each edit alone; None where one of them cannot run alone."""
+    alone = [score for score in m.alone if score is not None]
+    if len(alone) < len(m.alone):
         return None
-    return m.change - sum(m.probability(score) - m.probability(m.reference) for score in m.alone)
+    return m.change - sum(m.probability(score) - m.probability(m.reference) for score in alone)
 
 
 def _effect(pairs: Sequence[tuple[Measurement, Scored, Scored]], threshold: float) -> dict[str, Any]:
@@ -182,7 +187,6 @@ def _recording_summary(
     classes: Sequence[str],
     first: int | None,
     chain: Sequence[tuple[Scored, Scored] | None],
-    own: Sequence[bool],
 ) -> dict[str, Any]:
     sides = {"reference": m.reference, "candidate": m.candidate}
     return {
@@ -192,9 +196,7 @@ def _recording_summary(
         "chosen": {side: classes[score.chosen(threshold)] for side, score in sides.items()},
         "change": m.change,
         "alone": [None if s is None else m.probability(s) - m.probability(m.reference) for s in m.alone],
-        "in_order": [
-            m.probability(chain[k][1]) - m.probability(chain[k][0]) if own[k] else None for k in range(len(chain))
-        ],
+        "in_order": [None if step is None else m.probability(step[1]) - m.probability(step[0]) for step in chain],
         "interaction": _interaction(m),
         "first_divergence": None if first is None else alignment.rows[first].label,
         "segments": {

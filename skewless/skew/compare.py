@@ -14,7 +14,7 @@ from skewless.core.definition import PIPELINE, Definition
 from skewless.core.pipeline import Pipeline
 from skewless.core.stages import InputError
 from skewless.core.versions import library_versions
-from skewless.evaluation.evaluate import service_of
+from skewless.evaluation.scores import service_of
 from skewless.skew.aggregate import summarize
 from skewless.skew.measure import Comparator
 from skewless.skew.page import write_html
@@ -73,7 +73,7 @@ def skew_report(
     if examples < 0:
         raise ValueError(f"examples is {examples}, expected 0 or more")
     service = service_of(definition, checkpoint := load_checkpoint(checkpoint_path), device or torch.device("cpu"))
-    samples = samples_of(service.postprocessor.classes, manifest, root, split, files, limit)
+    samples, source = samples_of(service.postprocessor.classes, manifest, root, split, files, limit)
     ours = service.pipeline if reference is None else _read(reference, service.pipeline)
     theirs = _read(candidate, service.pipeline)
     comparator = Comparator(ours, theirs, service.runtime, service.postprocessor, **service.input_limits)
@@ -97,7 +97,7 @@ def skew_report(
             "pipeline_fingerprint": checkpoint["pipeline_fingerprint"],
             "trained_with_reference": checkpoint["pipeline_fingerprint"] == ours.fingerprint,
         },
-        "source": f"split '{split}' of {manifest.name}" if manifest else f"folder {files.resolve().name}",
+        "source": source,
         "precision": service.policy.report(service.runtime.device),
         "library_versions": library_versions(packages),
         "unreadable": unreadable,
@@ -126,37 +126,44 @@ def samples_of(
     split: str,
     files: Path | None,
     limit: int | None,
-) -> list[Sample]:
-    """The files to compare on, of a manifest or of a folder, as `skew_report` has them. Raises ValueError when there is none."""
-    if (manifest is None) == (files is None):
-        raise ValueError("give either a manifest or a folder of files, and not both")
+) -> tuple[list[Sample], str]:
+    """The files to compare on, of a manifest or of a folder, as `skew_report` has them, and where they are from, in words.
+
+    Raises ValueError when there is none.
+    """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected at least 1")
-    if manifest is not None:
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
-        if not manifest.is_file():
-            raise ValueError(f"there is no manifest {manifest}")
-        # A manifest may have absolute paths, which would say where on this machine the recordings are.
-        found = [
-            Sample(f"{n}-{r.path.name}" if Path(r.file_path).is_absolute() else r.file_path, r.path, r.label)
-            for n, r in enumerate(read_manifest(manifest, root or manifest.parent, classes), start=1)
-            if r.split == split
-        ]
-        empty = f"{manifest} has no recordings in split '{split}'"
-    else:
+    if manifest is not None and files is None:
+        found = _samples_of_manifest(classes, manifest, root or manifest.parent, split)
+        source, empty = f"split '{split}' of {manifest.name}", f"{manifest} has no recordings in split '{split}'"
+    elif files is not None and manifest is None:
         if root is not None:
             raise ValueError("a root belongs to a manifest; a folder of files needs none")
         if not files.is_dir():
             raise ValueError(f"files is {files}, expected a folder of recordings or images")
         inside = sorted(path for path in files.rglob("*") if path.is_file())
         found = [Sample(path.relative_to(files).as_posix(), path, None) for path in inside]
-        empty = f"the folder {files} has no files"
+        source, empty = f"folder {files.resolve().name}", f"the folder {files} has no files"
+    else:
+        raise ValueError("give either a manifest or a folder of files, and not both")
     if not found:
         raise ValueError(empty)
     if limit is not None and limit < len(found):
         found = [found[k] for k in np.linspace(0, len(found) - 1, limit).round().astype(int)]
-    return found
+    return found, source
+
+
+def _samples_of_manifest(classes: Sequence[str], manifest: Path, root: Path, split: str) -> list[Sample]:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    if not manifest.is_file():
+        raise ValueError(f"there is no manifest {manifest}")
+    # A manifest may have absolute paths, which would say where on this machine the recordings are.
+    return [
+        Sample(f"{n}-{r.path.name}" if Path(r.file_path).is_absolute() else r.file_path, r.path, r.label)
+        for n, r in enumerate(read_manifest(manifest, root, classes), start=1)
+        if r.split == split
+    ]
 
 
 def _read(path: Path, trained: Pipeline) -> Pipeline:

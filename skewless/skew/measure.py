@@ -77,6 +77,10 @@ class Output(NamedTuple):
     signal: Signal
     unit: str
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.signal.data.shape)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -96,12 +100,12 @@ def compare(reference: Output | None, candidate: Output | None) -> Outcome:
     Same means the same shape and equal values, whatever the floating-point type.
     """
     if reference is None or candidate is None:
-        return Outcome(False, tuple(side and tuple(side.signal.data.shape) for side in (reference, candidate)), None)
-    a, b = reference.signal.data, candidate.signal.data
-    shapes = tuple(a.shape), tuple(b.shape)
-    comparable = a.ndim == b.ndim and reference.unit == candidate.unit
-    tally = Tally.of(a, b) if comparable else None
-    return Outcome(comparable and shapes[0] == shapes[1] and not tally.affected, shapes, tally)
+        return Outcome(False, (reference and reference.shape, candidate and candidate.shape), None)
+    shapes = reference.shape, candidate.shape
+    if len(shapes[0]) != len(shapes[1]) or reference.unit != candidate.unit:
+        return Outcome(False, shapes, None)
+    tally = Tally.of(reference.signal.data, candidate.signal.data)
+    return Outcome(shapes[0] == shapes[1] and not tally.affected, shapes, tally)
 
 
 def first_divergence(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> int | None:
@@ -120,11 +124,11 @@ def first_divergence(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> int | 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One input through both pipelines and those between them.
+    """One input through the reference, the candidate, and the mixtures of both.
 
-    alone: the answer with one edit only, per edit; cumulative: with this edit and all before it. None where the
-    mixed pipeline cannot run, with the reason in `failures` under ("alone" or "in_order", edit). inert: the edits that
-    alone leave the network's input as it is, bit for bit.
+    alone: per edit, the answer with that edit only; cumulative: with that edit and all before it. None where the
+    mixture cannot run, with the reason in `failures` under ("alone" or "in_order", the edit's number).
+    without_effect: the numbers of the edits that alone leave the network's input as it is, bit for bit.
     """
 
     name: str
@@ -135,7 +139,7 @@ class Measurement:
     alone: tuple[Scored | None, ...]
     cumulative: tuple[Scored | None, ...]
     failures: Mapping[tuple[str, int], str]
-    inert: frozenset[int]
+    without_effect: frozenset[int]
 
     def probability(self, score: Scored) -> float:
         """The probability in which changes are told: the only score, or the one of the class that the reference chooses."""
@@ -183,7 +187,7 @@ class Comparator:
             for side, (_, trace) in zip(("reference", "candidate"), known, strict=True)
         )
         answers: dict[str, list[Scored | None]] = {"alone": [], "in_order": []}
-        failures, inert = {}, set()
+        failures, without_effect = {}, set()
         for way, mixtures in (("alone", self._alone), ("in_order", self._cumulative)):
             for k, stages in enumerate(mixtures):
                 try:
@@ -192,7 +196,7 @@ class Comparator:
                     answers[way].append(score)
                     # One input, one Scored: `_score` does not make a second one.
                     if way == "alone" and score is reference:
-                        inert.add(k)
+                        without_effect.add(k)
                 except (InputError, PipelineError) as error:
                     answers[way].append(None)
                     failures[way, k] = str(error)
@@ -205,7 +209,7 @@ class Comparator:
             tuple(answers["alone"]),
             tuple(answers["in_order"]),
             failures,
-            frozenset(inert),
+            frozenset(without_effect),
         )
 
     def traces(self, payload: bytes) -> tuple[dict[str, Output], dict[str, Output]]:

@@ -298,7 +298,9 @@ def _example(report: dict[str, Any], example: Example, rank: int) -> str:
     label = f"labelled {escape(entry['label'])}; " if entry["label"] else ""
     steps = [(change, report["edits"][k]["edit"]) for k, change in enumerate(entry["in_order"]) if change]
     most = max(steps, key=lambda step: abs(step[0]), default=None)
-    cause = f"; most of it from “{escape(most[1])}” ({probability(most[0], sign=True)})" if len(steps) > 1 else ""
+    cause = (
+        f"; most of it from “{escape(most[1])}” ({probability(most[0], sign=True)})" if most and len(steps) > 1 else ""
+    )
     parts = [
         f'<article aria-labelledby="worst-{rank}"><h3 id="worst-{rank}">{rank}. {escape(entry["name"])} {badge}</h3>'
         f"<p>{label}probability <b class=reference>{p['reference']:.4f}</b> → <b class=candidate>{p['candidate']:.4f}</b> "

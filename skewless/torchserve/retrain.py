@@ -159,7 +159,7 @@ def retrain(
         built = build_archive(archive, best, out / "evaluation", version, server.model_store)
         try:
             status.write(out, progress=88, step="registering")
-            model = server.register(built, default=False)
+            model = server.register(built.path, default=False)
             status.write(out, progress=94, step="proving what is served")
             table = smoke_test(server, model["name"], version)
             failed = [row.path for row in table if not row.passed]
@@ -169,7 +169,7 @@ def retrain(
                 )
         except BaseException:
             # In the store it would be registered with all others when a container starts.
-            built.unlink(missing_ok=True)
+            built.path.unlink(missing_ok=True)
             if any((m["name"], m["version"]) == (archive.resolve().name, version) for m in server.models()):
                 server.unregister(archive.resolve().name, version)
             raise
@@ -177,7 +177,8 @@ def retrain(
             "model": model["name"],
             "version": version,
             "default": model["default"],
-            "archive": built.name,
+            "archive": built.path.name,
+            "warnings": list(built.warnings),
             "max_dp": max(row.max_dp for row in table),
             "metrics": {k: v for k, v in metrics.items() if k not in ("library_versions", "calibration")},
         }
