@@ -1,4 +1,4 @@
-"""What the slow tests share: small trained models, packaged, and a TorchServe that serves them."""
+"""What the tests share: the command line, small trained models, and a TorchServe that serves them."""
 
 from __future__ import annotations
 
@@ -7,94 +7,64 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
 
+from skewless.packaging.build import build_archive
 from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server
+from tests.demonstration import ROOT, SMALL, Demonstration, trained
 
-ROOT = Path(__file__).resolve().parents[1]
+__all__ = ["OTHERS", "ROOT", "Demonstration", "run_skewless"]
+
+OTHERS = tuple(name for name in SMALL if name != "cough")
 
 
-def run_script(
-    name: str, *arguments: object, check: bool = True, environment: Mapping[str, str] | None = None
+def run_skewless(
+    *arguments: object, check: bool = True, environment: Mapping[str, str] | None = None, timeout: float = 600
 ) -> subprocess.CompletedProcess[str]:
-    """Run scripts/NAME.py as a user would, from the repository's root."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)]
+    """Run the command `skewless` as a user would, from the repository's root."""
+    command = [sys.executable, "-m", "skewless", *map(str, arguments)]
     env = {**os.environ, **(environment or {})}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env, timeout=timeout)
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
-@dataclass(frozen=True)
-class Demonstration:
-    """The files of one small run of the whole chain."""
-
-    name: str
-    corpus: Path
-    run: Path
-    evaluation: Path
-    store: Path
-
-    @property
-    def manifest(self) -> Path:
-        return self.corpus / "manifest.csv"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.run / "best.pth"
-
-    @property
-    def archive(self) -> Path:
-        return self.store / f"{self.name}-1.0.mar"
+# What needs a trained model or a server takes minutes. Tests that use one of these run in the second group, and those that
+# share a server stay together, in the process that started it.
+_GROUPS = {"others": "archives", "client": "served", "server": "served", "demonstration": "trained"}
 
 
-def demonstrate(
-    name: str, root: Path, store: Path, corpus: tuple, training: tuple, references: int, **environment: str
-) -> Demonstration:
-    """Corpus, training, evaluation and archive, by the scripts."""
-    run = partial(run_script, environment=environment)
-    made = Demonstration(name, root / "corpus", root / "run", root / "evaluation", store)
-    definition = ("--archive", f"archive/{name}")
-    run("make_corpus", "--out", made.corpus, *corpus)
-    run_script(
-        "train", *definition, "--manifest", made.manifest, "--out", made.run, "--cache", root / "cache", *training
-    )
-    run(
-        "evaluate",
-        "--checkpoint",
-        made.checkpoint,
-        "--manifest",
-        made.manifest,
-        "--out",
-        made.evaluation,
-        "--references",
-        references,
-    )
-    build = ("--checkpoint", made.checkpoint, "--evaluation", made.evaluation, "--out", made.store)
-    run("build_archive", *definition, *build, "--version", "1.0")
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "chain: needs a trained model or a server; the second, slower group")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marked = item.get_closest_marker("chain")
+        used = [group for fixture, group in _GROUPS.items() if fixture in getattr(item, "fixturenames", ())]
+        if used and not marked:
+            item.add_marker(pytest.mark.chain)
+        if used or marked:
+            # A module with a server of its own has a fixture of that name: its tests stay together, too.
+            own = getattr(item.module, "GROUP", None)
+            item.add_marker(pytest.mark.xdist_group(own or (used[0] if used else item.module.__name__)))
+
+
+def _packaged(name: str, store: Path) -> Demonstration:
+    made = trained(name, store)
+    build_archive(made.definition, made.checkpoint, made.evaluation, "1.0", store)
     return made
 
 
 @pytest.fixture(scope="session")
 def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
-    """A small cough detector."""
-    root = tmp_path_factory.mktemp("demonstration")
-    training = ("--epochs", 3, "--learning-rate", 1e-3)
-    return demonstrate("cough", root, root / "store", ("--clips", 40), training, references=8)
-
-
-# Each by its own recipe, only smaller.
-OTHERS = {
-    "orca": (("--count", 72), ("--epochs", 3, "--batch-size", 4)),
-    "talent": (("--count", 72), ()),
-    "portrait": (("--count", 54), ()),
-}
+    """A small cough detector, in a store of this session."""
+    store = tmp_path_factory.mktemp("store")
+    return _packaged("cough", store)
 
 
 @pytest.fixture(scope="session")
@@ -102,31 +72,21 @@ def others(
     demonstration: Demonstration, server: Server, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Demonstration]:
     """The other archives, by name, registered with the same server."""
-
-    def make(name: str) -> Demonstration:
-        corpus, training = OTHERS[name]
-        recipe = ("--recipe", f"archive/{name}/recipe.yaml")
-        return demonstrate(
-            *(name, tmp_path_factory.mktemp(name), demonstration.store, (*recipe, *corpus), (*recipe, *training)),
-            references=4,
-            OMP_NUM_THREADS="1",
-        )
-
-    # Two at a time, each with a thread of its own: so both cores are busy, and neither waits for the other.
+    # Two at a time, each training with one thread: so both cores are busy, and neither waits for the other.
     with ThreadPoolExecutor(2) as pool:
-        made = dict(zip(OTHERS, pool.map(make, OTHERS), strict=True))
+        list(pool.map(lambda name: trained(name, demonstration.store), OTHERS))
+    made = {name: _packaged(name, demonstration.store) for name in OTHERS}
     for one in made.values():
-        run_script("register", one.archive, "--default", "--state-dir", server.state_dir)
+        server.register(one.archive, default=True)
     return made
 
 
 @pytest.fixture(scope="session")
 def server(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFactory):
     """A TorchServe on free ports that serves the demonstration as the default version of `cough`."""
-    state_dir = tmp_path_factory.mktemp("server")
-    running = Server.start(demonstration.store, state_dir, ports="free")
+    running = Server.start(demonstration.store, tmp_path_factory.mktemp("server"), ports="free")
     try:
-        run_script("register", demonstration.archive, "--default", "--state-dir", state_dir)
+        running.register(demonstration.archive, default=True)
         yield running
     finally:
         running.stop()

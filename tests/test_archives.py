@@ -14,16 +14,16 @@ import torch
 import yaml
 from PIL import Image
 
-from skewless.core.postprocess import Postprocessor, build_postprocessor
 from skewless.core.pipeline import Pipeline
+from skewless.core.postprocess import Postprocessor, build_postprocessor
+from skewless.errors import BuildError
 from skewless.packaging.build import build_archive
 from skewless.torchserve.client import Client
-from skewless.errors import BuildError
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
+from skewless.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from tests.conftest import OTHERS, ROOT, Demonstration
 from tests.test_build import edited_checkpoint
-from skewless.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def reference(made: Demonstration, number: int = -1) -> tuple[bytes, dict]:
@@ -173,7 +173,7 @@ def test_an_archive_without_the_scaler_does_not_build(others: dict[str, Demonstr
     save_checkpoint(
         tmp_path / "bare.pth", checkpoint | {"pipeline": bare.to_dict(), "pipeline_fingerprint": bare.fingerprint}
     )
-    with pytest.raises(BuildError, match="'standard_scaler' has no statistics of a training set"):
+    with pytest.raises(CheckpointError, match="'standard_scaler' has no statistics of a training set"):
         build_archive(ROOT / "archive" / "talent", tmp_path / "bare.pth", made.evaluation, "2.0", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["bare.pth"]
 

@@ -22,7 +22,7 @@ import soundfile
 
 from skewless.torchserve.client import Answer, Client
 from skewless.torchserve.server import Server, bearer, session
-from tests.conftest import ROOT, Demonstration, run_script
+from tests.conftest import ROOT, Demonstration, run_skewless
 
 # Between a request alone and the same one in a batch: a convolution's last bits may change with the batch's size.
 BATCH_TOLERANCE = 1e-6
@@ -47,7 +47,7 @@ def good(demonstration: Demonstration) -> tuple[bytes, dict]:
 
 
 def test_smoke_test_passes_on_every_path(server: Server):
-    result = run_script("smoke_test", "--model", "cough", "--state-dir", server.state_dir)
+    result = run_skewless("smoke", "cough", "--state-dir", server.state_dir)
     rows = re.findall(
         r"^(REST body|REST multipart|gRPC), (default|version 1\.0), .* (\d+)  +(\S+) +(\d+) ", result.stdout, re.M
     )
@@ -301,7 +301,17 @@ def test_tokens_are_required_and_never_logged(server: Server, good):
 
 def test_serve_run_serves_the_store_until_a_signal(demonstration: Demonstration, tmp_path):
     """What the container runs."""
-    command = [sys.executable, "scripts/serve.py", "run", "--ports", "free", "--state-dir", str(tmp_path / "state")]
+    command = [
+        sys.executable,
+        "-m",
+        "skewless",
+        "serve",
+        "run",
+        "--ports",
+        "free",
+        "--state-dir",
+        str(tmp_path / "state"),
+    ]
     with subprocess.Popen(
         [*command, "--model-store", str(demonstration.store)], cwd=ROOT, stdout=subprocess.PIPE
     ) as process:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -15,23 +17,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import nn
 
-from skewless.core.networks import build_network
+from skewless.core.definition import Definition
+from skewless.core.networks import Network
 from skewless.core.pipeline import Pipeline
-from scripts import import_checkpoint
-from tests.conftest import ROOT, Demonstration, run_script
-from tests.recordings import one_thread, wav  # noqa: F401
-from skewless.importers import pytorch as legacy
-from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
-from skewless.evaluation.evaluate import predict, service_of
-from skewless.importers.pytorch import LegacyError, Trial, read_legacy
+from skewless.evaluation.evaluate import evaluate
+from skewless.evaluation.scores import predict, service_of
+from skewless.importers.agreement import check_config, check_servable
+from skewless.importers.checkpoint import write
+from skewless.importers.errors import ImportFileError
+from skewless.importers.evidence import Trial, compare, judge, read_predictions
+from skewless.importers.pytorch import read_pytorch
+from skewless.importers.run import ImportRequest, ImportResult, import_file
+from skewless.importers.weights import network_from
+from skewless.training.checkpoint import CheckpointError, file_digest, load_checkpoint, network_of
 from skewless.training.manifest import Recording, read_manifest
+from skewless.training.untrained import UntrainedError, require_trained
+from tests.conftest import ROOT, Demonstration, run_skewless
+from tests.recordings import one_thread, wav  # noqa: F401
 
 COUGH = ROOT / "archive" / "cough"
-NETWORK = yaml.safe_load((COUGH / "model-config.yaml").read_text())["network"]
-PIPELINE = Pipeline.from_yaml(COUGH / "pipeline.yaml")
+DEFINITION = Definition.read(COUGH)
+PIPELINE = DEFINITION.pipeline
 CONFIG = {
     "sample_rate": 16000,
     "segment_duration": 2.0,
@@ -93,7 +101,7 @@ def as_training_scripts_write_it(weights: dict[str, torch.Tensor], **changes: An
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_every_shape_of_file_is_read(tmp_path: Path, content, epoch, auc, zipped: bool):
-    old = read_legacy(saved(tmp_path / "old.pth", content, _use_new_zipfile_serialization=zipped))
+    old = read_pytorch(saved(tmp_path / "old.pth", content, _use_new_zipfile_serialization=zipped))
     assert {k: v.tolist() for k, v in old.weights.items()} == {k: v.tolist() for k, v in WEIGHTS.items()}
     assert (old.epoch, old.val_auc) == (epoch, auc)
     assert type(old.val_auc) in (float, type(None))
@@ -106,7 +114,7 @@ def test_numpy_scalars_of_numpy_1_and_2_are_read(tmp_path: Path, value):
     data = path.read_bytes()
     assert b"numpy._core.multiarray\nscalar\n" in data
     (tmp_path / "1.pth").write_bytes(data.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n"))
-    assert read_legacy(path).val_auc == read_legacy(tmp_path / "1.pth").val_auc == float(value)
+    assert read_pytorch(path).val_auc == read_pytorch(tmp_path / "1.pth").val_auc == float(value)
 
 
 class Evil:
@@ -132,8 +140,8 @@ def test_what_would_run_code_is_refused_by_name(tmp_path: Path, kind, name: str,
     content = {"whole": evil, "config": weights_and(config=evil), "weights": {"model_state_dict": {"a": evil}}}[place]
     for zipped in (True, False):
         path = saved(tmp_path / f"{zipped}.pth", content, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(LegacyError, match=f"'{name}'.*Nothing of it ran"):
-            read_legacy(path)
+        with pytest.raises(ImportFileError, match=f"'{name}'.*Nothing of it ran"):
+            read_pytorch(path)
     assert not marker.exists()
 
 
@@ -142,11 +150,11 @@ def test_what_would_run_code_is_refused_by_name(tmp_path: Path, kind, name: str,
 def test_a_pickle_that_is_no_checkpoint_is_refused_by_name(tmp_path: Path, protocol: int):
     marker, path = tmp_path / "ran", tmp_path / "model.pkl"
     path.write_bytes(pickle.dumps(Evil(marker), protocol))
-    with pytest.raises(LegacyError, match=r"'posix.system'"):
-        read_legacy(path)
+    with pytest.raises(ImportFileError, match=r"'posix.system'"):
+        read_pytorch(path)
     saved(tmp_path / "zip.pth", {"a": Evil(marker)}, pickle_protocol=max(protocol, 3))
-    with pytest.raises(LegacyError, match=r"'posix.system'"):
-        read_legacy(tmp_path / "zip.pth")
+    with pytest.raises(ImportFileError, match=r"'posix.system'"):
+        read_pytorch(tmp_path / "zip.pth")
     assert not marker.exists()
 
 
@@ -176,23 +184,23 @@ class Settings:
     ],
 )
 def test_other_content_is_refused(tmp_path: Path, content, message: str):
-    with pytest.raises(LegacyError, match=message):
-        read_legacy(saved(tmp_path / "old.pth", content))
+    with pytest.raises(ImportFileError, match=message):
+        read_pytorch(saved(tmp_path / "old.pth", content))
 
 
 @pytest.mark.parametrize("data", [b"", b"not a checkpoint", b"\x80\x02", b"PK\x03\x04 cut short"])
 def test_damaged_files_are_refused(tmp_path: Path, data: bytes):
     (tmp_path / "old.pth").write_bytes(data)
-    with pytest.raises(LegacyError, match=r"old.pth is not a checkpoint that loads without running code: ."):
-        read_legacy(tmp_path / "old.pth")
-    with pytest.raises(LegacyError, match="there is no file"):
-        read_legacy(tmp_path / "other.pth")
+    with pytest.raises(ImportFileError, match=r"old.pth is not a checkpoint that loads without running code: ."):
+        read_pytorch(tmp_path / "old.pth")
+    with pytest.raises(ImportFileError, match="there is no file"):
+        read_pytorch(tmp_path / "other.pth")
 
 
 def test_configuration_is_compared_by_the_names_it_is_known_by():
-    agreed = legacy.check_config(CONFIG, PIPELINE, NETWORK)
+    agreed = check_config(CONFIG, DEFINITION)
     assert set(CONFIG) - set(agreed) == {"resize_to_224", "model_name", "pretrained", "batch_size"}
-    assert legacy.check_config({}, PIPELINE, NETWORK) == []
+    assert check_config({}, DEFINITION) == []
 
 
 @pytest.mark.parametrize(
@@ -212,26 +220,26 @@ def test_configuration_is_compared_by_the_names_it_is_known_by():
     ],
 )
 def test_a_contradiction_names_both_values(name: str, value, ours: str):
-    with pytest.raises(LegacyError) as error:
-        legacy.check_config(CONFIG | {name: value}, PIPELINE, NETWORK)
+    with pytest.raises(ImportFileError) as error:
+        check_config(CONFIG | {name: value}, DEFINITION)
     assert f"{name} is {value!r} in the checkpoint, {ours} in the" in str(error.value)
 
 
 def test_a_stage_that_is_not_there_contradicts():
     without = Pipeline(PIPELINE.name, [s for s in PIPELINE.stages.values() if s.name != "resample"])
-    with pytest.raises(LegacyError, match="sample_rate is 16000 in the checkpoint, there is no stage 'resample'"):
-        legacy.check_config(CONFIG, without, NETWORK)
+    with pytest.raises(ImportFileError, match="sample_rate is 16000 in the checkpoint, there is no stage 'resample'"):
+        check_config(CONFIG, replace(DEFINITION, pipeline=without))
 
 
 def test_a_pipeline_that_exists_to_compare_with_is_refused():
-    legacy.check_servable(PIPELINE)
-    with pytest.raises(LegacyError, match="decode_pydub, which exists to compare with and cannot be served"):
-        legacy.check_servable(Pipeline.from_yaml(COUGH / "variants" / "onnx_backend.yaml"))
+    check_servable(PIPELINE)
+    with pytest.raises(ImportFileError, match="decode_pydub, which exists to compare with and cannot be served"):
+        check_servable(Pipeline.from_yaml(COUGH / "variants" / "onnx_backend.yaml"))
 
 
-def fresh() -> nn.Module:
+def fresh() -> Network:
     torch.manual_seed(0)
-    return build_network(NETWORK)
+    return DEFINITION.build_network()
 
 
 def trained(network: nn.Module, *, rate: float = 1e-4, steps: int = 1, freeze: str = "") -> nn.Module:
@@ -262,48 +270,118 @@ def pretrained() -> nn.Module:
     return network
 
 
+def without_bias() -> Network:
+    """Trained, but for the last layer's bias."""
+    network = trained(fresh())
+    nn.init.zeros_(network.bag_head[4].bias)
+    return network
+
+
 def test_trained_weights_are_accepted_after_one_small_step():
     note = "seg_head still looks like its random initial values: what it computes may mean nothing"
-    assert legacy.check_trained(trained(fresh())) == [note]
-    assert note in legacy.check_trained(trained(fresh(), rate=1e-8))
+    assert require_trained(trained(fresh())) == [note]
+    assert note in require_trained(trained(fresh(), rate=1e-8))
 
 
 def test_a_frozen_pretrained_backbone_under_a_trained_head_is_accepted():
-    legacy.check_trained(trained(pretrained(), freeze="backbone"))
+    require_trained(trained(pretrained(), freeze="backbone"))
 
 
 @pytest.mark.parametrize(
     ("make", "messages"),
     [
-        (fresh, ["backbone: backbone.bn1 and 19 more still has running mean 0", "bag_head: bag_head.2 still has"]),
-        (pretrained, ["bag_head: bag_head.2 still has running mean 0 and variance 1, so it never saw a batch"]),
-        (lambda: trained(fresh(), rate=0.0), ["backbone: every scale is still 1", "bag_head: every scale is still 1"]),
-        (lambda: trained(fresh(), freeze="bag_head"), ["bag_head: bag_head.2 still has"]),
-        (lambda: trained(fresh(), freeze="backbone"), ["backbone: backbone.bn1 and 19 more"]),
+        (
+            fresh,
+            [
+                "layer 'backbone' never saw a batch: backbone.bn1 and 19 more still have running mean 0 and variance 1",
+                "layer 'bag_head' never saw a batch: bag_head.2 still has",
+            ],
+        ),
+        (pretrained, ["layer 'bag_head' never saw a batch: bag_head.2 still has running mean 0 and variance 1"]),
+        (
+            lambda: trained(fresh(), rate=0.0),
+            [
+                "layer 'backbone' never saw an optimizer step: every scale is still 1",
+                "layer 'bag_head' never saw an optimizer step: every scale is still 1",
+            ],
+        ),
+        (lambda: trained(fresh(), freeze="bag_head"), ["layer 'bag_head' never saw a batch: bag_head.2 still has"]),
+        (lambda: trained(fresh(), freeze="backbone"), ["layer 'backbone' never saw a batch: backbone.bn1 and 19 more"]),
+        (without_bias, ["layer 'bag_head.4' has a bias of exactly 0 throughout"]),
     ],
 )
 def test_weights_that_no_training_shaped_are_refused(make, messages: list[str]):
-    with pytest.raises(LegacyError, match="not trained weights") as error:
-        legacy.check_trained(make())
+    with pytest.raises(UntrainedError, match="not trained weights") as error:
+        require_trained(make())
     assert str(error.value).count("\n  ") == len(messages)
     for message in messages:
         assert message in str(error.value)
 
 
+def test_a_layer_that_is_rightly_so_can_be_accepted():
+    assert require_trained(without_bias(), ["bag_head.4"])[0] == (
+        "accepted although it looks untrained: layer 'bag_head.4' has a bias of exactly 0 throughout, as before the first "
+        "step of training"
+    )
+    require_trained(without_bias(), recorded=["bag_head.4", "backbone"])
+    with pytest.raises(UntrainedError, match=r"layer 'bag_head.4' .*\n.*--accept-untrained bag_head.4$"):
+        require_trained(without_bias(), recorded=["backbone"])
+    with pytest.raises(UntrainedError, match=r"layer attn, x is to be accepted, .*; these do: bag_head.4$"):
+        require_trained(without_bias(), ["attn", "bag_head.4", "x"])
+    with pytest.raises(UntrainedError, match="layer attn is to be accepted, but does not look untrained; none does"):
+        require_trained(trained(fresh()), ["attn"])
+
+
+class Flat(nn.Module):
+    """Layers without parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.dense = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+
+class Wrapped(nn.Module):
+    """One module, as in an exported program."""
+
+    def __init__(self):
+        super().__init__()
+        self.program = nn.Module()
+        self.program.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        self.program.dense = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "norm"), [(Flat, "network", "norm"), (Wrapped, "program.body", "program.body.1")]
+)
+def test_parts_of_networks_of_other_shapes(make: type[nn.Module], part: str, norm: str):
+    network = make()
+    with pytest.raises(UntrainedError, match=f"layer '{part}' never saw a batch: {norm} still has"):
+        require_trained(network)
+    network.get_submodule(norm).running_mean += 0.5
+    with pytest.raises(UntrainedError, match=f"layer '{part}' never saw an optimizer step"):
+        require_trained(network)
+    require_trained(network, [part])
+    nn.init.constant_(network.get_submodule(norm).bias, 0.1)
+    require_trained(network)
+    nn.init.zeros_(network.get_submodule(f"{part}.dense".removeprefix("network.").replace("body.", "")).bias)
+    with pytest.raises(UntrainedError, match="dense' has a bias of exactly 0 throughout"):
+        require_trained(network)
+
+
 def test_a_part_that_was_loaded_under_other_names_is_refused():
     weights = {k.replace("bag_head", "head"): v for k, v in trained(fresh()).state_dict().items()}
     with pytest.raises(CheckpointError, match=r"9 missing .bag_head.*9 unexpected .head"):
-        legacy.network_from(weights, NETWORK)
+        network_from(weights, DEFINITION)
     accident = fresh()
     accident.load_state_dict(weights, strict=False)
-    with pytest.raises(LegacyError, match=r"bag_head: bag_head.2 still has .*\n.*strict=True"):
-        legacy.check_trained(accident)
+    with pytest.raises(UntrainedError, match=r"bag_head' never saw a batch: .*\n.*strict=True"):
+        require_trained(accident)
 
 
 def test_an_image_classifier_is_refused():
     classifier = pretrained().backbone.state_dict() | {"fc.bias": torch.zeros(1000)}
     with pytest.raises(CheckpointError, match=r"missing .*attn.0.bias.* unexpected .*bn1.bias"):
-        legacy.network_from(classifier, NETWORK)
+        network_from(classifier, DEFINITION)
 
 
 @pytest.fixture(scope="module")
@@ -314,11 +392,11 @@ def weights() -> dict[str, torch.Tensor]:
 def test_half_precision_weights_are_converted_exactly(weights):
     for dtype in (torch.float16, torch.bfloat16):
         half = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
-        network = legacy.network_from(half, NETWORK)
+        network = network_from(half, DEFINITION)
         for name, value in network.state_dict().items():
             assert value.dtype in (torch.float32, torch.int64)
             assert torch.equal(value, half[name].to(value.dtype))
-        legacy.check_trained(network)
+        require_trained(network)
 
 
 @pytest.mark.parametrize(
@@ -340,18 +418,18 @@ def test_half_precision_weights_are_converted_exactly(weights):
 )
 def test_values_that_would_change_the_network_are_refused(weights, name: str, change, message: str):
     with pytest.raises(CheckpointError, match=message):
-        legacy.network_from(weights | {name: change(weights[name])}, NETWORK)
+        network_from(weights | {name: change(weights[name])}, DEFINITION)
 
 
 def test_float64_that_float32_holds_exactly_is_accepted(weights):
     double = {k: v.double() if v.is_floating_point() else v for k, v in weights.items()}
-    state = legacy.network_from(double, NETWORK).state_dict()
+    state = network_from(double, DEFINITION).state_dict()
     assert all(torch.equal(state[k], v) for k, v in weights.items())
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path: Path):
     with pytest.raises(CheckpointError):
-        legacy.write(tmp_path / "new.pth", {"config": {"out": Path("runs")}})
+        write(tmp_path / "new.pth", {"config": {"out": Path("runs")}})
     assert not list(tmp_path.iterdir())
 
 
@@ -367,8 +445,15 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path):
 )
 def test_recorded_predictions_name_the_row_that_is_wrong(tmp_path: Path, text: str, message: str):
     (tmp_path / "p.csv").write_text(text)
-    with pytest.raises(LegacyError, match=message):
-        legacy.read_predictions(tmp_path / "p.csv")
+    with pytest.raises(ImportFileError, match=message):
+        read_predictions(tmp_path / "p.csv")
+
+
+def test_recorded_predictions_of_several_classes(tmp_path: Path):
+    (tmp_path / "p.csv").write_text("file_path,probability_x,probability_y,probability_z\na,0.5,0.25,0.25\n")
+    assert read_predictions(tmp_path / "p.csv", ("x", "y", "z")) == {"a": (0.5, 0.25, 0.25)}
+    with pytest.raises(ImportFileError, match="no column probability_w; it needs file_path, probability_w, prob"):
+        read_predictions(tmp_path / "p.csv", ("w", "y", "z"))
 
 
 ROWS = [Recording(str(i), Path(str(i)), i % 2, "val") for i in range(20)]  # 100 pairs: an AUC moves by 0.01
@@ -398,14 +483,14 @@ ROWS = [Recording(str(i), Path(str(i)), i % 2, "val") for i in range(20)]  # 100
     ],
 )
 def test_verdict(trials: list[Trial], doubtful: bool, text: str):
-    verdict = legacy.judge(trials, ROWS)
+    verdict = judge(trials, ROWS)
     assert verdict.doubtful == doubtful
     with pytest.raises(AssertionError, match=text):
         raise AssertionError(verdict.text)
 
 
-def imported(path: Path, out: Path, *arguments: object):
-    return run_script("import_checkpoint", path, "--out", out, *arguments)
+def imported(file: Path, out: Path, pipeline: Path | None = COUGH / "pipeline.yaml", **more: Any) -> ImportResult:
+    return import_file(ImportRequest(archive=COUGH, file=file, out=out, pipeline=pipeline, **more))
 
 
 @pytest.mark.parametrize(
@@ -418,39 +503,73 @@ def imported(path: Path, out: Path, *arguments: object):
         ("no --manifest", "belong to --manifest"),
         ("no variants", "expected a folder of pipeline files"),
         ("other predictions", "p.csv has no file_path of split 'val'; it has 'elsewhere.wav', the manifest 'a.wav'"),
+        ("replaced", "--replaced is for layers of a Keras model"),
+        ("accepted", "layer attn is to be accepted, but does not look untrained; none does"),
+        ("to compare with", "decode_pydub, which exists to compare with and cannot be served"),
+        ("damaged", "is not a checkpoint that loads without running code"),
+        ("another zip", "is a zip with readme.txt; expected what torch.save wrote"),
     ],
 )
-def test_wrong_input_ends_with_code_2_and_writes_nothing(tmp_path, weights, monkeypatch, capsys, name, message):
+def test_wrong_input_is_an_error_and_writes_nothing(tmp_path, weights, name, message):
     old, out, predictions = tmp_path / "old.pth", tmp_path / "new" / "best.pth", tmp_path / "p.csv"
     manifest = tmp_path / "m.csv"
     config = CONFIG | ({"n_mels": 128} if name == "contradiction" else {})
-    if name != "no file":
+    if name == "damaged":
+        old.write_bytes(b"not a checkpoint")
+    elif name == "another zip":
+        with zipfile.ZipFile(old, "w") as archive:
+            archive.writestr("readme.txt", "no weights")
+    elif name != "no file":
         saved(old, as_training_scripts_write_it(weights, config=config))
     predictions.write_text("file_path,probability\nelsewhere.wav,0.5\n")
     manifest.write_text("file_path,cough_label,split\na.wav,1,val\nb.wav,0,val\n")
     for file in "ab":
         (tmp_path / f"{file}.wav").touch()
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    arguments = [old, "--out", old if name == "out exists" else out]
-    if name != "no --pipeline":
-        arguments += ["--pipeline", COUGH / "pipeline.yaml"]
-    if name == "no --manifest":
-        arguments += ["--predictions", predictions]
-    if name == "no variants":
-        arguments += ["--manifest", manifest, "--variants", tmp_path]
-    if name == "other predictions":
-        arguments += ["--manifest", manifest, "--predictions", predictions]
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("sys.argv", ["import_checkpoint.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        import_checkpoint.main()
-    errors = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert message in errors
+    more: dict[str, Any] = {
+        "no --pipeline": {"pipeline": None},
+        "no --manifest": {"predictions": predictions},
+        "no variants": {"manifest": manifest, "variants": tmp_path},
+        "other predictions": {"manifest": manifest, "predictions": predictions},
+        "replaced": {"replaced": ["pre"]},
+        "accepted": {"accept_untrained": ["attn"]},
+        "to compare with": {"pipeline": COUGH / "variants" / "onnx_backend.yaml"},
+    }
+    with pytest.raises(CheckpointError) as error:
+        imported(old, old if name == "out exists" else out, **more.get(name, {}))
+    assert message in str(error.value)
     if name == "no --pipeline":
         for path in [COUGH / "pipeline.yaml", *sorted((COUGH / "variants").glob("*.yaml"))]:
-            assert str(path.relative_to(ROOT)) in errors
+            assert str(path) in str(error.value)
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_the_command_refuses_with_code_2(tmp_path: Path, weights):
+    old, out = saved(tmp_path / "old.pth", as_training_scripts_write_it(weights)), tmp_path / "new.pth"
+    result = run_skewless("import", "archive/cough", old, "--out", out, check=False)
+    assert result.returncode == 2
+    assert "--pipeline is required" in result.stderr and "archive/cough/variants/tail_only.yaml" in result.stderr
+    assert not out.exists()
+
+
+def test_the_command_imports_and_says_so_as_json(tmp_path: Path):
+    old, out = (
+        saved(tmp_path / "old.pth", as_training_scripts_write_it(without_bias().state_dict())),
+        tmp_path / "new.pth",
+    )
+    arguments = ("import", "archive/cough", old, "--pipeline", "archive/cough/pipeline.yaml", "--out", out)
+    refused = run_skewless(*arguments, check=False)
+    assert refused.returncode == 2 and "--accept-untrained bag_head.4" in refused.stderr
+    printed = json.loads(run_skewless(*arguments, "--accept-untrained", "bag_head.4", "--json").stdout)
+    assert (printed["format"], printed["val_auc"], printed["accepted_untrained"]) == ("pytorch", 0.9904, ["bag_head.4"])
+    checkpoint = load_checkpoint(out)
+    assert checkpoint["accepted_untrained"] == ["bag_head.4"]
+    assert checkpoint["imported_from"] == {
+        "format": "pytorch",
+        "sha256": file_digest(old),
+        "epoch": 3,
+        "val_auc": 0.9904,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -469,37 +588,45 @@ def stripped(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFact
 
 def test_an_imported_checkpoint_is_evaluated_and_packaged(demonstration: Demonstration, stripped: Path, tmp_path: Path):
     new = tmp_path / "run" / "best.pth"
-    result = imported(stripped, new, "--pipeline", COUGH / "pipeline.yaml")
+    result = run_skewless("import", "archive/cough", stripped, "--pipeline", COUGH / "pipeline.yaml", "--out", new)
     assert "agrees with" in result.stdout
+    assert "note: what training computed is not in the file: evaluation cannot check itself against it" in result.stdout
     original, checkpoint = load_checkpoint(demonstration.checkpoint), load_checkpoint(new)
-    assert set(checkpoint) == {*original, "imported_from"}
-    for key in ("pipeline", "pipeline_fingerprint", "network", "postprocess", "epoch", "val_auc"):
+    assert set(original) <= set(checkpoint)
+    for key in ("pipeline", "pipeline_fingerprint", "network", "postprocess", "code", "epoch", "val_auc"):
         assert checkpoint[key] == original[key]
     assert checkpoint["imported_from"] == {
-        "sha256": legacy.file_digest(stripped),
+        "format": "pytorch",
+        "sha256": file_digest(stripped),
         "epoch": original["epoch"],
         "val_auc": original["val_auc"],
     }
-    state = network_of(original).state_dict()
-    assert all(torch.equal(state[k], v) for k, v in network_of(checkpoint).state_dict().items())
+    assert checkpoint["validation_scores"] == {}
+    state = network_of(original, DEFINITION).state_dict()
+    assert all(torch.equal(state[k], v) for k, v in network_of(checkpoint, DEFINITION).state_dict().items())
     assert [p.name for p in new.parent.iterdir()] == ["best.pth"]
     evaluation, store = tmp_path / "evaluation", tmp_path / "store"
-    run_script("evaluate", "--checkpoint", new, "--manifest", demonstration.manifest, "--out", evaluation)
+    arguments = ("--checkpoint", new, "--manifest", demonstration.manifest, "--out", evaluation)
+    run_skewless("evaluate", "archive/cough", *arguments)
     for name in ("predictions.csv", "references/references.json"):
         assert (evaluation / name).read_bytes() == (demonstration.evaluation / name).read_bytes()
-    run_script("build_archive", "--checkpoint", new, "--evaluation", evaluation, "--version", "1.0", "--out", store)
+    arguments = ("--checkpoint", new, "--evaluation", evaluation, "--version", "1.0", "--out", store)
+    run_skewless("build", "archive/cough", *arguments)
     assert (store / "cough-1.0.mar").exists()
 
 
 def test_weights_alone_can_be_evaluated(demonstration: Demonstration, tmp_path: Path):
     old = saved(tmp_path / "old.pth", load_checkpoint(demonstration.checkpoint)["model_state_dict"])
-    result = imported(old, tmp_path / "new.pth", "--pipeline", COUGH / "variants" / "no_highpass.yaml")
-    assert "no configuration" in result.stdout
-    assert "pipeline.yaml is another pipeline; package this with" in result.stdout
-    checkpoint = load_checkpoint(tmp_path / "new.pth")
+    variant, new = COUGH / "variants" / "no_highpass.yaml", tmp_path / "new.pth"
+    result = imported(old, new, variant)
+    assert "no configuration" in result.text()
+    assert "pipeline.yaml is another pipeline; package this with" in result.text()
+    checkpoint = load_checkpoint(new)
     assert (checkpoint["imported_from"]["epoch"], checkpoint["val_auc"]) == (None, None)
-    arguments = ("--checkpoint", tmp_path / "new.pth", "--manifest", demonstration.manifest, "--split", "val")
-    run_script("evaluate", *arguments, "--out", tmp_path / "evaluation")
+    recordings = read_manifest(demonstration.manifest, demonstration.corpus)
+    definition = replace(DEFINITION, pipeline=Pipeline.from_yaml(variant))
+    metrics = evaluate(definition, checkpoint, new, recordings, "val", tmp_path / "evaluation", torch.device("cpu"))
+    assert metrics["imported_from"]["sha256"] == file_digest(old)
 
 
 @pytest.fixture(scope="module")
@@ -517,23 +644,27 @@ def test_the_pipeline_that_reproduces_the_record_is_named(
 ):
     recorded = demonstration.evaluation / "predictions.csv"
     result = imported(
-        *(stripped, tmp_path / "new.pth", "--pipeline", Path("archive", "cough", chosen)),
-        *("--manifest", demonstration.manifest, "--predictions", recorded, "--variants", variants),
+        *(stripped, tmp_path / "new.pth", COUGH / chosen),
+        manifest=demonstration.manifest,
+        predictions=recorded,
+        variants=variants,
     )
     with open(recorded, newline="") as file:
         count = sum(row["split"] == "val" for row in csv.DictReader(file))
-    assert f"{count} recordings of split 'val', {count} with a recorded probability" in result.stdout
-    table = [line.strip("|").split("|") for line in result.stdout.splitlines() if line.startswith("|")][2:]
+    assert f"{count} recordings of split 'val', {count} with a recorded probability" in result.text()
+    table = [line.strip("|").split("|") for line in result.text().splitlines() if line.startswith("|")][2:]
     largest = {Path(name.strip()).stem: float(number) for name, _, _, number, _ in table}
     assert largest.pop("pipeline") < 1e-6 < min(largest.values())
     assert set(largest) == {"no_highpass", "tail_only"}
     assert load_checkpoint(tmp_path / "new.pth")["pipeline"]["name"] == Pipeline.from_yaml(COUGH / chosen).name
+    assert [trial["max_dp"] for trial in json.loads(json.dumps(result.to_dict()))["comparison"]["trials"]]
     if chosen == "pipeline.yaml":
-        assert "archive/cough/pipeline.yaml reproduces the recorded probabilities (mean" in result.stdout
-        assert "WARNING" not in result.stderr
+        assert "archive/cough/pipeline.yaml reproduces the recorded probabilities (mean" in result.text()
+        assert result.warning() == ""
     else:
-        assert "WARNING: archive/cough/pipeline.yaml reproduces the recorded probabilities" in result.stderr
-        assert "the chosen archive/cough/variants/tail_only.yaml does not" in result.stderr
+        assert "WARNING: " in result.warning()
+        assert "archive/cough/pipeline.yaml reproduces the recorded probabilities" in result.warning()
+        assert "/archive/cough/variants/tail_only.yaml does not" in result.warning()
 
 
 @pytest.fixture(scope="module")
@@ -549,34 +680,40 @@ def rows(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFactory)
 
 def test_a_record_made_behind_a_variant_names_the_variant(demonstration: Demonstration, rows: list[Recording]):
     checkpoint = load_checkpoint(demonstration.checkpoint)
-    service = service_of(checkpoint, torch.device("cpu"))
+    service = service_of(DEFINITION, checkpoint, torch.device("cpu"))
     no_highpass = Pipeline.from_yaml(COUGH / "variants" / "no_highpass.yaml")
-    made = predict(replace(service, pipeline=no_highpass), rows, "no_highpass")
+    behind = replace(service, definition=replace(service.definition, pipeline=no_highpass))
+    made = predict(behind, rows, "no_highpass")
     unfinished, _ = PIPELINE.split(before="replicate")
     waveform = Pipeline.from_yaml(COUGH / "variants" / "onnx_backend.yaml").split(before="segment")[0]
     candidates = {"train": PIPELINE, "no_highpass": no_highpass, "unfinished": unfinished, "waveform": waveform}
-    trials = legacy.compare(
+    trials = compare(
+        DEFINITION,
         checkpoint,
         candidates,
         rows,
         torch.device("cpu"),
         recorded_auc=None,
-        recorded={p.recording.file_path: p.scores[0] for p in made[1:]},
+        recorded={p.recording.file_path: p.scores for p in made[1:]},
     )
     assert [t.name for t in trials] == list(candidates)
     assert trials[1].max_dp < 1e-6 < 1e-4 < trials[0].max_dp
     assert all(t.failure and t.auc is None for t in trials[2:])
-    verdict = legacy.judge(trials, rows)
+    verdict = judge(trials, rows)
     assert verdict.doubtful
     assert verdict.text.startswith("no_highpass reproduces the recorded probabilities")
-    with pytest.raises(LegacyError, match="unfinished does not give what the network takes"):
-        legacy.compare(
-            *(checkpoint, {"unfinished": unfinished}, rows[:1], torch.device("cpu")), recorded_auc=None, recorded={}
+    with pytest.raises(ImportFileError, match="unfinished does not give what the network takes"):
+        compare(
+            *(DEFINITION, checkpoint, {"unfinished": unfinished}, rows[:1], torch.device("cpu")),
+            recorded_auc=None,
+            recorded={},
         )
 
 
 def test_probabilities_that_barely_vary_are_refused(demonstration: Demonstration, rows: list[Recording]):
     checkpoint = load_checkpoint(demonstration.checkpoint)
     checkpoint["model_state_dict"]["bag_head.4.weight"] *= 1e-3
-    with pytest.raises(LegacyError, match=rf"all {len(rows)} recordings get a probability .* looks untrained"):
-        legacy.compare(*(checkpoint, {"train": PIPELINE}, rows, torch.device("cpu")), recorded_auc=None, recorded={})
+    with pytest.raises(ImportFileError, match=rf"all {len(rows)} recordings get a probability .* looks untrained"):
+        compare(
+            *(DEFINITION, checkpoint, {"train": PIPELINE}, rows, torch.device("cpu")), recorded_auc=None, recorded={}
+        )

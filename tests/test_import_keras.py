@@ -7,7 +7,6 @@ import io
 import json
 import random
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,24 +19,27 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from skewless.core.definition import Definition
 from skewless.core.networks import build_network
 from skewless.core.networks.keras_resnet50 import KerasResNet50
 from skewless.core.pipeline import Pipeline
-from skewless.core.runtimes import EagerRuntime
+from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.stages import Signal
-from scripts import import_keras
-from tests.conftest import ROOT
+from skewless.importers import keras_file
+from skewless.importers.errors import ImportFileError
+from skewless.importers.keras_file import read_keras
+from skewless.importers.keras_graph import ONLY_IN_TRAINING, Graph, groups, read_graph
+from skewless.importers.run import ImportRequest, import_file
+from skewless.training.checkpoint import file_digest, load_checkpoint, network_of
+from skewless.training.untrained import UntrainedError, require_trained
+from tests.conftest import ROOT, run_skewless
 from tests.keras_on_torch import keras
 from tests.recordings import one_thread  # noqa: F401
 from tests.test_portrait import encoded, picture
-from skewless.importers import keras_file
-from skewless.training.checkpoint import file_digest, load_checkpoint, network_of
-from skewless.importers.keras_file import check_trained, read_keras
-from skewless.importers.keras_graph import ONLY_IN_TRAINING, Graph, groups, read_graph
-from skewless.importers.pytorch import LegacyError
 
 ARCHIVE = ROOT / "archive" / "portrait"
-PIPELINE = Pipeline.from_yaml(ARCHIVE / "pipeline.yaml")
+DEFINITION = Definition.read(ARCHIVE)
+PIPELINE = DEFINITION.pipeline
 CAFFE = {"caffe_preprocess": {"mean_bgr": [103.939, 116.779, 123.68]}}
 # Layouts of one network, and kinds of file.
 SAVED = ("augmented.keras", "augmented.h5", "augmented.weights.h5", "sequential.keras", "flat.h5", "flat.weights.h5")
@@ -364,7 +366,7 @@ def test_what_stands_before_the_network_becomes_stages(base, empty, name: str):
     ],
 )
 def test_what_no_stage_can_stand_for_is_refused(base, empty, front: Callable, named: str):
-    with pytest.raises(LegacyError, match=named):
+    with pytest.raises(ImportFileError, match=named):
         graph(with_front(base, front), empty)
 
 
@@ -377,7 +379,7 @@ def test_a_layer_that_the_pipeline_replaces_can_be_named(base, empty):
     model = with_front(base, lambda x: layers.Lambda(applications.resnet.preprocess_input, name="pre")(x))
     found = graph(model, empty, "pre")
     assert found.stages == () and "pre" in found.notes[-1]
-    with pytest.raises(LegacyError, match="no layer other before the network"):
+    with pytest.raises(ImportFileError, match="no layer other before the network"):
         graph(model, empty, "pre", "other")
 
 
@@ -423,7 +425,7 @@ def test_keras_2_configurations_are_read(base, empty):
     for operations, stages in (([], ()), (caffe, (CAFFE,)), (halves, (HALVES,))):
         assert graph(keras_2(plain, operations), empty).stages == stages
     other = [{"kind": "TFOpLambda", "function": "image.rgb_to_hsv", "keywords": {}}]
-    with pytest.raises(LegacyError, match="TFOpLambda 'operation_1'"):
+    with pytest.raises(ImportFileError, match="TFOpLambda 'operation_1'"):
         graph(keras_2(plain, other), empty)
 
 
@@ -493,7 +495,7 @@ def test_other_computations_are_refused(base, empty, name: str, changes: dict, m
     hidden = layers.Dense(256, "relu", name="hidden")(pooled)
     config = json.loads(keras.Model(image, layers.Dense(3, "softmax", name="last")(hidden)).to_json())
     assert graph(config, empty).dense == ("hidden", "last")
-    with pytest.raises(LegacyError, match=message):
+    with pytest.raises(ImportFileError, match=message):
         graph(changed(config, name, changes), empty)
 
 
@@ -512,7 +514,7 @@ def test_logits_and_mixed_precision_are_read(base, empty):
     ids=str,
 )  # fmt: skip
 def test_configurations_of_something_else_are_refused(empty, config: Any):
-    with pytest.raises(LegacyError):
+    with pytest.raises(ImportFileError):
         graph(config, empty) if isinstance(config, dict) else read_graph(config, empty, ())
 
 
@@ -623,7 +625,7 @@ def many_groups(root: h5py.File) -> None:
 def test_weights_that_do_not_fit_or_lie_elsewhere_are_refused(skeleton: Path, empty, change: Callable, message: str):
     with h5py.File(skeleton, "r+") as root:
         change(root)
-    with pytest.raises(LegacyError, match=message):
+    with pytest.raises(ImportFileError, match=message):
         read_keras(skeleton, empty)
 
 
@@ -653,12 +655,12 @@ def test_zips_of_something_else_are_refused(tmp_path: Path, empty, monkeypatch, 
     path = zipped(tmp_path / "a.keras", members)
     if not members:
         path.write_bytes(b"PK\3\4" + path.read_bytes())
-    with pytest.raises(LegacyError, match=message):
+    with pytest.raises(ImportFileError, match=message):
         read_keras(path, empty)
 
 
 def test_files_of_something_else_are_refused(tmp_path: Path, empty, skeleton: Path):
-    with pytest.raises(LegacyError, match="there is no file"):
+    with pytest.raises(ImportFileError, match="there is no file"):
         read_keras(tmp_path / "absent.keras", empty)
     for content, message in (
         (b"", "starts with nothing"),
@@ -669,7 +671,7 @@ def test_files_of_something_else_are_refused(tmp_path: Path, empty, skeleton: Pa
     ):
         path = tmp_path / "file.keras"
         path.write_bytes(content)
-        with pytest.raises(LegacyError, match=message):
+        with pytest.raises(ImportFileError, match=message):
             read_keras(path, empty)
 
 
@@ -688,7 +690,7 @@ def test_damage_is_refused_or_does_not_matter(plain: dict, skeleton: Path, tmp_p
         path.write_bytes(damaged)
         try:
             read_keras(path, empty)
-        except LegacyError:
+        except ImportFileError:
             refused += 1
     assert refused
 
@@ -696,50 +698,52 @@ def test_damage_is_refused_or_does_not_matter(plain: dict, skeleton: Path, tmp_p
 # --- trained or not
 
 
-def trained() -> dict[str, torch.Tensor]:
+def trained() -> KerasResNet50:
     torch.manual_seed(0)
-    weights = {k: v.clone() for k, v in network().state_dict().items()}
-    for name, value in weights.items():
-        if name.endswith(("running_var", "dense.bias", "predictions.bias")):
-            value += 0.5
-    return weights
+    made = network()
+    with torch.no_grad():
+        for name, value in made.state_dict().items():
+            if name.endswith(("running_var", "dense.bias", "predictions.bias")):
+                value += 0.5
+    return made
 
 
 def test_trained_weights_pass():
-    check_trained(trained())
+    assert require_trained(trained()) == []
 
 
-@pytest.mark.parametrize("fresh", ["dense.bias", "predictions.bias", "conv1_bn.running_var"])
-def test_weights_as_keras_draws_them_are_refused(fresh: str):
-    weights = trained()
-    weights[fresh].fill_(1 if fresh.endswith("running_var") else 0)
-    with pytest.raises(LegacyError, match=f"not trained weights: {fresh.split('.')[0]} still"):
-        check_trained(weights)
+@pytest.mark.parametrize(
+    ("fresh", "finding"),
+    [
+        ("dense.bias", "layer 'dense' has a bias of exactly 0 throughout"),
+        ("predictions.bias", "layer 'predictions' has a bias of exactly 0 throughout"),
+        ("conv1_bn.running_var", "layer 'network' never saw a batch: conv1_bn still has running mean 0 and variance 1"),
+    ],
+)
+def test_weights_as_keras_draws_them_are_refused(fresh: str, finding: str):
+    made = trained()
+    made.state_dict()[fresh].fill_(1 if fresh.endswith("running_var") else 0)
+    with pytest.raises(UntrainedError, match=f"not trained weights:\n  {finding}"):
+        require_trained(made)
 
 
-# --- the command line
+# --- from file to checkpoint
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["import_keras.py", *map(str, arguments)])
-    try:
-        import_keras.main()
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def test_a_model_becomes_a_checkpoint(files: Path, theirs, tmp_path: Path, monkeypatch, capsys):
+def test_a_model_becomes_a_checkpoint(files: Path, theirs, tmp_path: Path):
     out = tmp_path / "run" / "best.pth"
-    assert run(monkeypatch, files / "augmented.keras", "--archive", ARCHIVE, "--out", out) == 0
-    printed = capsys.readouterr().out
+    result = import_file(ImportRequest(ARCHIVE, files / "augmented.keras", out))
+    printed = result.text()
     assert "animal, avatar, human" in printed and "caffe_preprocess" in printed and "RandomFlip" in printed
+    assert "note: what training computed is not in the file: evaluation cannot check itself against it" in printed
+    assert (result.format, result.stages, result.warning()) == ("keras", ("caffe_preprocess",), "")
     checkpoint = load_checkpoint(out)
     assert checkpoint["pipeline_fingerprint"] == PIPELINE.fingerprint
-    (outputs,) = EagerRuntime(network_of(checkpoint), torch.device("cpu"))([PIPELINE(FILES["photo.jpg"])])
+    assert checkpoint["imported_from"]["format"] == "keras" and checkpoint["validation_scores"] == {}
+    (outputs,) = EagerRuntime(network_of(checkpoint, DEFINITION), torch.device("cpu"))([PIPELINE(FILES["photo.jpg"])])
     assert np.abs(outputs["class_probabilities"].numpy() - theirs[0]).max() <= 5e-5
-    assert run(monkeypatch, files / "augmented.keras", "--archive", ARCHIVE, "--out", out) == 2
-    assert "exists" in capsys.readouterr().err
+    with pytest.raises(ImportFileError, match="exists"):
+        import_file(ImportRequest(ARCHIVE, files / "augmented.keras", out))
     shutil.rmtree(out.parent)
 
 
@@ -754,26 +758,53 @@ def with_nan(root: h5py.File) -> None:
     root["layers/dense/vars/0"][3, 4] = np.nan
 
 
+def model_file(base, empty, folder: Path, front: Callable, change: Callable) -> Path:
+    """A `.keras` file with something in front of the network, and with changed weights."""
+    model = with_front(base, front).to_json()
+    weights = skeleton_of(json.loads(model), empty, folder / "weights.h5")
+    with h5py.File(weights, "r+") as root:
+        change(root)
+    return zipped(folder / "model.keras", {"config.json": model.encode(), "model.weights.h5": weights.read_bytes()})
+
+
 @pytest.mark.parametrize(
     ("front", "archive", "change", "message"),
     [
         (lambda x: layers.Rescaling(1 / 255)(x), ARCHIVE, nothing, "standardize:"),
-        (lambda x: x, ARCHIVE, fresh_head, "not trained weights: predictions still"),
+        (lambda x: x, ARCHIVE, fresh_head, "layer 'predictions' has a bias of exactly 0 throughout"),
         (lambda x: x, ARCHIVE, with_nan, "dense.weight has 1 of"),
         (lambda x: layers.Lambda(lambda y: y)(x), ARCHIVE, nothing, "Lambda"),
         (lambda x: x, ROOT / "archive" / "cough", nothing, "expected keras_resnet50"),
     ],
     ids=["another pipeline", "fresh head", "NaN", "Lambda", "another archive"],
 )
-def test_what_cannot_be_imported_exits_with_2(
-    base, empty, tmp_path: Path, monkeypatch, capsys, front: Callable, archive: Path, change: Callable, message: str
+def test_what_cannot_be_imported_is_an_error_and_leaves_nothing(
+    base, empty, tmp_path: Path, front: Callable, archive: Path, change: Callable, message: str
 ):
-    model = with_front(base, front).to_json()
-    weights = skeleton_of(json.loads(model), empty, tmp_path / "weights.h5")
-    with h5py.File(weights, "r+") as root:
-        change(root)
-    members = {"config.json": model.encode(), "model.weights.h5": weights.read_bytes()}
-    path = zipped(tmp_path / "model.keras", members)
-    assert run(monkeypatch, path, "--archive", archive, "--out", tmp_path / "run" / "best.pth") == 2
-    assert message in capsys.readouterr().err
+    path = model_file(base, empty, tmp_path, front, change)
+    with pytest.raises(ValueError) as error:
+        import_file(ImportRequest(archive, path, tmp_path / "run" / "best.pth"))
+    assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_are_rightly_so_can_be_named(base, empty, tmp_path: Path):
+    """One that the pipeline replaces, and a head without a bias."""
+    path = model_file(base, empty, tmp_path, lambda x: layers.Lambda(lambda y: y, name="pre")(x), fresh_head)
+    out = tmp_path / "best.pth"
+    request = ImportRequest(ARCHIVE, path, out, replaced=["pre"], accept_untrained=["predictions"])
+    result = import_file(request)
+    assert "note: left out, as you say that the pipeline does their work: pre" in result.text()
+    assert "note: accepted although it looks untrained: layer 'predictions'" in result.text()
+    assert load_checkpoint(out)["accepted_untrained"] == ["predictions"]
+    out.unlink()
+
+
+def test_the_command_imports_a_model(base, empty, tmp_path: Path):
+    path = model_file(base, empty, tmp_path, lambda x: layers.Lambda(lambda y: y, name="pre")(x), nothing)
+    out = tmp_path / "best.pth"
+    refused = run_skewless("import", ARCHIVE, path, "--out", out, check=False)
+    assert refused.returncode == 2 and "Lambda 'pre'" in refused.stderr and not out.exists()
+    result = run_skewless("import", ARCHIVE, path, "--out", out, "--replaced", "pre")
+    assert "animal, avatar, human" in result.stdout and "left out, as you say" in result.stdout
+    out.unlink()

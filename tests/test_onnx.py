@@ -21,14 +21,14 @@ from onnx import numpy_helper
 from skewless.core.pipeline import Pipeline
 from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.runtimes.onnx import OnnxRuntime
+from skewless.errors import BuildError
 from skewless.packaging import export
 from skewless.packaging.build import build_archive
-from skewless.errors import BuildError
 from skewless.packaging.execution import Execution
 from skewless.torchserve.smoke import References
-from tests.conftest import ROOT, Demonstration, run_script
 from skewless.training.checkpoint import load_checkpoint, network_of
 from skewless.training.manifest import Recording, read_manifest
+from tests.conftest import ROOT, Demonstration, run_script
 
 CPU = torch.device("cpu")
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -1,4 +1,4 @@
-"""The orca detector: its stages against the float64 oracle and fastai_audio's own calls, its decision by hand, its network
+"""The orca detector: its stages against the float64 oracle and fastai_audio's own calls, its post-processing by hand, its network
 against fastai's layers, its weights' import and its corpus."""
 
 from __future__ import annotations
@@ -19,33 +19,36 @@ import scipy.signal
 import soundfile
 import torch
 import torchaudio.transforms as AT
-import yaml
 from numpy.typing import NDArray
 from torch import nn
 from torchvision.models import resnet18
 
-from skewless.core.postprocess import build_postprocessor
-from skewless.core.postprocess.postprocessor import Part
-from skewless.core.postprocess.seconds_vote import SecondsVote
+from skewless.core.definition import Definition
 from skewless.core.networks import build_network
 from skewless.core.networks.resnet18_fastai import ResNet18Fastai
 from skewless.core.pipeline import Pipeline
-from skewless.core.runtimes import EagerRuntime
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.postprocess.postprocessor import Part
+from skewless.core.postprocess.seconds_vote import SecondsVote
+from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.stages import STAGES, InputError, PipelineError, Signal
+from skewless.demos import orca as corpus
+from skewless.importers.errors import ImportFileError
+from skewless.importers.fastai import is_fastai, rename
+from skewless.importers.pytorch import read_pytorch
+from skewless.importers.run import ImportRequest, import_file
+from skewless.importers.weights import network_from
+from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
 from tests import recordings
 from tests.oracles import orca as oracle
 from tests.recordings import one_thread  # noqa: F401
-from skewless.training.checkpoint import CheckpointError
-from skewless.demos import orca as corpus
-from skewless.importers.fastai import is_fastai, rename
-from skewless.importers.pytorch import LegacyError, network_from, read_legacy
 
 # The filterbank is one for another rate: torchaudio warns of the filters that hear nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filterbank:UserWarning")
 
 ARCHIVE = Path(__file__).parents[1] / "archive" / "orca"
 PIPELINE = Pipeline.from_yaml(ARCHIVE / "pipeline.yaml")
-CONFIG = yaml.safe_load((ARCHIVE / "model-config.yaml").read_text())
+DEFINITION = Definition.read(ARCHIVE)
 
 CASES: dict[str, tuple[int, NDArray]] = {
     "stereo 44.1 kHz": (44100, recordings.coughs(44100, 4.3, channels=2)),
@@ -186,7 +189,7 @@ def test_times_and_number_of_windows(case):
 
 def test_the_windows_reach_as_far_as_the_longest_recording():
     """So no accepted recording is truncated."""
-    longest = CONFIG["limits"]["max_duration_s"]
+    longest = DEFINITION.limits.max_duration_s
     assert PIPELINE.head_s(44100) == PIPELINE.stages["segment"].needs(np.inf, 44100) >= longest
 
 
@@ -227,7 +230,7 @@ def test_variants_change_the_networks_input():
 
 def test_the_cough_pipeline_is_the_same():
     cough = Pipeline.from_yaml(ARCHIVE.parent / "cough" / "pipeline.yaml")
-    assert cough.fingerprint == "dcb3c8909eef0e58cfd4bb4d8a92f76466f1918d01b3390799487e8251f6a922"
+    assert cough.fingerprint == "bd7cc5007691cb6efa988e00034a41773c434396a10506548981a89e9fed2994"
 
 
 def resampled(method: str, data: NDArray, source: int, target: int) -> Signal:
@@ -358,7 +361,10 @@ def test_pad_frames(frames, value_db, relative_to):
     [
         ({"frames": 0, "value_db": 0.0}, "frames is 0"),
         ({"frames": 312}, "missing parameter value_db"),
-        ({"frames": 312, "value_db": 0.0, "relative_to": "silence"}, "relative_to is 'silence'.*reference, minimum"),
+        (
+            {"frames": 312, "value_db": 0.0, "relative_to": "silence"},
+            "relative_to is 'silence', expected 'reference' or 'minimum'",
+        ),
     ],
 )
 def test_wrong_padding_is_refused(params, message):
@@ -368,7 +374,7 @@ def test_wrong_padding_is_refused(params, message):
 
 # Postprocessor
 
-DECISION = build_postprocessor(CONFIG["postprocess"])
+POSTPROCESSOR = DEFINITION.postprocessor
 
 
 def outputs(*windows: float) -> dict[str, torch.Tensor]:
@@ -398,20 +404,20 @@ def metadata(windows: int, hop_s: float = 1.0, duration_s: float = 2.0) -> dict[
     ],
 )
 def test_seconds_by_hand(windows, seconds, score):
-    parts = DECISION.parts(outputs(*windows), metadata(len(windows)))
+    parts = POSTPROCESSOR.parts(outputs(*windows), metadata(len(windows)))
     assert parts == [Part(float(start), start + 1.0, value) for start, value in enumerate(seconds)]
-    assert DECISION.scores(outputs(*windows)) == (score,)
+    assert POSTPROCESSOR.scores(outputs(*windows)) == (score,)
     for threshold in (0.0, 0.25, 0.5, 0.625):
-        body = DECISION(outputs(*windows), metadata(len(windows)), threshold)
+        body = POSTPROCESSOR(outputs(*windows), metadata(len(windows)), threshold)
         positive = [float(start) for start, value in enumerate(seconds) if value > threshold]
         assert body["positive_seconds"] == positive
         assert body["orcaDetected"] == (len(positive) >= 3)
-        assert DECISION.read(body) == ((score,), int(len(positive) >= 3))
-        assert DECISION.choose((score,), threshold) == int(len(positive) >= 3)
+        assert POSTPROCESSOR.read(body) == ((score,), int(len(positive) >= 3))
+        assert POSTPROCESSOR.choose((score,), threshold) == int(len(positive) >= 3)
 
 
 def test_the_response():
-    body = DECISION(outputs(0.75, 1.0), metadata(2), 0.75)
+    body = POSTPROCESSOR(outputs(0.75, 1.0), metadata(2), 0.75)
     assert body == {
         "global_confidence": 0.75,
         "orcaDetected": False,
@@ -431,13 +437,13 @@ def test_the_response():
 
 @pytest.mark.parametrize("least", [1, 2, 3, 7])
 def test_score_exceeds_the_threshold_exactly_when_the_recording_is_positive(least):
-    decision = SecondsVote(threshold=0.5, min_positive_s=least, positive_field="found", classes=("other", "call"))
+    postprocessor = SecondsVote(threshold=0.5, min_positive_s=least, positive_field="found", classes=("other", "call"))
     rng = np.random.default_rng(least)
     seen = Counter()
     for _ in range(200):
         windows = rng.uniform(0, 1, rng.integers(1, 9)).astype(np.float32)
         seconds = oracle.second_confidences(windows)
-        (score,) = decision.scores(outputs(*windows.tolist()))
+        (score,) = postprocessor.scores(outputs(*windows.tolist()))
         for threshold in (0.2, 0.5, float(seconds[0])):
             positive = int((seconds > threshold).sum()) >= least
             assert (score > threshold) == positive
@@ -447,7 +453,7 @@ def test_score_exceeds_the_threshold_exactly_when_the_recording_is_positive(leas
 
 @pytest.mark.parametrize("times", [{"hop_s": 0.5}, {"duration_s": 3.0}, {"hop_s": 2.0}])
 def test_other_windows_are_refused(times):
-    for use in (DECISION.parts, lambda o, f: DECISION(o, f, 0.5)):
+    for use in (POSTPROCESSOR.parts, lambda o, f: POSTPROCESSOR(o, f, 0.5)):
         with pytest.raises(ValueError, match=r"3 windows at .*takes windows of 2 s.*hop_s 1\.0"):
             use(outputs(0.5, 0.5, 0.5), metadata(3, **times))
 
@@ -455,15 +461,15 @@ def test_other_windows_are_refused(times):
 def test_the_pipelines_windows_are_taken():
     rate, samples = CASES["stereo 44.1 kHz"]
     out = PIPELINE.run(recordings.wav(samples, rate))
-    body = DECISION(outputs(0.5, 0.75, 1.0), out.metadata, 0.5)
+    body = POSTPROCESSOR(outputs(0.5, 0.75, 1.0), out.metadata, 0.5)
     assert [second["start_s"] for second in body["seconds"]] == [0.0, 1.0, 2.0, 3.0]
     assert (body["analyzed_s"], body["duration_s"]) == (4.0, 4.3)
 
 
-def test_the_archives_decision():
-    assert isinstance(DECISION, SecondsVote)
-    assert (DECISION.threshold, DECISION.min_positive_s, DECISION.classes) == (0.5, 3, ("other", "call"))
-    assert not DECISION.tuned
+def test_the_archives_post_processing():
+    assert isinstance(POSTPROCESSOR, SecondsVote)
+    assert (POSTPROCESSOR.threshold, POSTPROCESSOR.min_positive_s, POSTPROCESSOR.classes) == (0.5, 3, ("other", "call"))
+    assert not POSTPROCESSOR.tuned
 
 
 @pytest.mark.parametrize(
@@ -476,9 +482,9 @@ def test_the_archives_decision():
         ({"minimum": 3}, "minimum"),
     ],
 )
-def test_wrong_decisions_are_refused(changes, message):
+def test_wrong_parameters_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        build_postprocessor({"seconds_vote": {**CONFIG["postprocess"]["seconds_vote"], **changes}})
+        build_postprocessor({"seconds_vote": {**DEFINITION.postprocess["seconds_vote"], **changes}})
 
 
 # Network
@@ -513,7 +519,7 @@ def learner() -> nn.Sequential:
 
 @pytest.fixture(scope="module")
 def network(learner) -> ResNet18Fastai:
-    return network_from(rename(learner.state_dict()), CONFIG["network"])
+    return network_from(rename(learner.state_dict()), DEFINITION)
 
 
 IMAGES = 20 * torch.randn(5, 1, 64, 78, generator=torch.Generator().manual_seed(3)) - 30
@@ -558,12 +564,12 @@ def test_parameters_reach_the_layers():
     assert built.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
 
 
-def test_runtime_and_decision_take_the_network(network):
+def test_runtime_and_post_processing_take_the_network(network):
     """Recordings of three and of two windows in one batch, down to the response."""
     answers = EagerRuntime(network, torch.device("cpu"))([IMAGES[:3], IMAGES[3:]])
     assert [len(answer["class_probabilities"]) for answer in answers] == [3, 2]
     for answer, windows in zip(answers, (3, 2), strict=True):
-        assert len(DECISION(answer, metadata(windows), 0.5)["seconds"]) == windows + 1
+        assert len(POSTPROCESSOR(answer, metadata(windows), 0.5)["seconds"]) == windows + 1
 
 
 # Import
@@ -586,9 +592,18 @@ def optimizer_state() -> dict[str, Any]:
 def test_learners_are_imported(learner, tmp_path, content):
     weights = learner.state_dict()
     saves = {"learn.save": {"model": weights, "opt": optimizer_state()}, "state dict": weights}
-    old = read_legacy(saved(tmp_path / "stage-2.pth", saves[content]))
+    old = read_pytorch(saved(tmp_path / "stage-2.pth", saves[content]))
     assert is_fastai(old.weights)
-    imported = network_from(rename(old.weights), CONFIG["network"])
+    imported = network_from(rename(old.weights), DEFINITION)
+    with torch.inference_mode():
+        assert torch.equal(imported(IMAGES), learner(IMAGES))
+
+
+def test_a_learner_becomes_a_checkpoint_of_the_archive(learner, tmp_path):
+    path = saved(tmp_path / "stage-2.pth", {"model": learner.state_dict(), "opt": optimizer_state()})
+    request = ImportRequest(ARCHIVE, path, tmp_path / "best.pth", pipeline=ARCHIVE / "pipeline.yaml")
+    assert import_file(request).format == "pytorch"
+    imported = network_of(load_checkpoint(tmp_path / "best.pth"), DEFINITION)
     with torch.inference_mode():
         assert torch.equal(imported(IMAGES), learner(IMAGES))
 
@@ -613,7 +628,7 @@ def test_weights_that_do_not_fit_are_named(learner, change, message):
     weights = change(learner.state_dict())
     assert is_fastai(weights)
     with pytest.raises(CheckpointError, match=message):
-        network_from(rename(weights), CONFIG["network"])
+        network_from(rename(weights), DEFINITION)
 
 
 def test_other_weights_are_not_taken_for_fastais(network, learner):
@@ -635,11 +650,11 @@ class Evil:
 def test_an_exported_learner_is_refused_and_nothing_of_it_runs(learner, tmp_path):
     """`learn.export()` pickles the model itself, and whatever it holds."""
     path = saved(tmp_path / "export.pkl", {"model": learner, "data": Evil(tmp_path / "ran")})
-    with pytest.raises(LegacyError, match=r"export\.pkl is refused.*Nothing of it ran.*model\.state_dict\(\)"):
-        read_legacy(path)
+    with pytest.raises(ImportFileError, match=r"export\.pkl is refused.*Nothing of it ran.*model\.state_dict\(\)"):
+        read_pytorch(path)
     path = saved(tmp_path / "evil.pth", {"model": learner.state_dict(), "opt": Evil(tmp_path / "ran")})
-    with pytest.raises(LegacyError, match=r"evil\.pth is refused.*mkdir"):
-        read_legacy(path)
+    with pytest.raises(ImportFileError, match=r"evil\.pth is refused.*mkdir"):
+        read_pytorch(path)
     assert not (tmp_path / "ran").exists()
 
 

@@ -11,8 +11,10 @@ import torch
 from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
-from tests.conftest import Demonstration, run_script
 from skewless.training.checkpoint import load_checkpoint
+from tests.conftest import Demonstration, run_skewless
+
+COUGH = "archive/cough"
 
 
 @pytest.fixture
@@ -22,17 +24,18 @@ def imported(demonstration: Demonstration, tmp_path: Path) -> tuple[Path, Path]:
     old, new = tmp_path / "old.pth", tmp_path / "imported.pth"
     weights = {f"module.{name}": weight for name, weight in trained["model_state_dict"].items()}
     torch.save({"epoch": 3, "val_auc": np.float64(0.9), "config": {"n_mels": 160}, "model_state_dict": weights}, old)
-    run_script("import_checkpoint", old, "--pipeline", "archive/cough/pipeline.yaml", "--out", new)
-    run_script("evaluate", "--checkpoint", new, "--manifest", demonstration.manifest, "--out", tmp_path / "evaluation")
-    return new, tmp_path / "evaluation"
+    run_skewless("import", COUGH, old, "--pipeline", f"{COUGH}/pipeline.yaml", "--out", new)
+    evaluation = tmp_path / "evaluation"
+    run_skewless("evaluate", COUGH, "--checkpoint", new, "--manifest", demonstration.manifest, "--out", evaluation)
+    return new, evaluation
 
 
 def registered(server: Server, demonstration: Demonstration, checkpoint: Path, evaluation: Path, *build: str) -> str:
     """Build version 2.0 into the server's store and register it beside the default version; the archive's name."""
     arguments = ("--checkpoint", checkpoint, "--evaluation", evaluation, "--out", demonstration.store)
-    run_script("build_archive", *arguments, "--version", "2.0", *build)
+    run_skewless("build", COUGH, *arguments, "--version", "2.0", *build)
     archive = demonstration.store / "cough-2.0.mar"
-    run_script("register", archive, "--state-dir", server.state_dir)
+    run_skewless("register", archive, "--state-dir", server.state_dir)
     return archive.name
 
 

@@ -167,7 +167,7 @@ WRONG = {
     "no for a float": ("- highpass: {cutoff_hz: no}", "stage 'highpass'.*cutoff_hz is False.*float"),
     "exponent without a point": ("- decibel: {top_db: 80, amin: 1e-10}", "stage 'decibel'.*amin is '1e-10'.*float"),
     "number for a list": ("- scale: {low: -80, high: 0, to: 1}", "stage 'scale'.*to is 1.*list"),
-    "text in a list": ("- scale: {low: -80, high: 0, to: [0, one]}", "stage 'scale'.*to is 'one'.*float"),
+    "text in a list": ("- scale: {low: -80, high: 0, to: [0, one]}", r"stage 'scale'.*to\[1\] is 'one'.*float"),
     "unknown choice": ("- cast: {dtype: int8}", "stage 'cast'.*dtype is 'int8'.*float16"),
     "list for a choice": ("- cast: {dtype: [float16]}", "stage 'cast'.*dtype"),
     "zero rate": ("- resample: {rate: 0}", "stage 'resample'.*rate is 0"),
@@ -201,7 +201,7 @@ WRONG = {
     "empty mean and std": ("- standardize: {mean: [], std: []}", "stage 'standardize'.*(mean|std)"),
     "reversed range": ("- standardize: {mean: [0], std: [1], input_range: [1, 0]}", "'standardize'.*input_range is"),
     "no parameters": ("- decode:", "stage 'decode'.*None.*{}"),
-    "a bare name": ("- decode", "stage 'decode'.*expected one"),
+    "a bare name": ("- decode", "stage is 'decode', expected one"),
     "two stages in one item": ("- {decode: {}, downmix: {}}", "expected one"),
     "an infinite window": (
         "- segment: {duration_s: .inf, hop_s: 1, max_segments: 1, tail: drop}",

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from PIL.ExifTags import Base
 
-from skewless.core.postprocess import build_postprocessor
 from skewless.core.pipeline import Pipeline
+from skewless.core.postprocess import build_postprocessor
 from skewless.core.stages import InputError, Payload, PipelineError, Signal
 from skewless.core.stages.image import DecodeImage
+from skewless.demos import portrait as corpus
 from tests.keras_on_torch import keras
 from tests.oracles import portrait as oracle
 from tests.recordings import one_thread  # noqa: F401
-from skewless.demos import portrait as corpus
 
 ARCHIVE = Path(__file__).parents[1] / "archive" / "portrait"
 PIPELINE = Pipeline.from_yaml(ARCHIVE / "pipeline.yaml")
@@ -508,7 +508,7 @@ def test_confident_is_at_or_above_the_threshold(threshold: float, confident: boo
         ({"classes": ["a", "b"], "threshold": 0.5}, "three or more"),
         ({"classes": ["a", "b", "a"], "threshold": 0.5}, "different names"),
         ({"classes": "abc", "threshold": 0.5}, "expected a list"),
-        ({"classes": ["a", "b", 3], "threshold": 0.5}, "different names"),
+        ({"classes": ["a", "b", 3], "threshold": 0.5}, r"classes\[2\] is 3, expected text"),
         ({"classes": ["a", "b", "c"], "threshold": 1.5}, "threshold is 1.5"),
         ({"classes": ["a", "b", "c"]}, "threshold"),
     ],

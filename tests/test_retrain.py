@@ -15,9 +15,9 @@ import pytest
 import skewless.torchserve.retrain as module
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve.retrain import STATUS, Status, check_version, merged, next_version, read_status
-from tests.conftest import ROOT, run_script
-from skewless.training.fit import Config
+from skewless.training.config import Config
 from skewless.training.manifest import ManifestError
+from tests.conftest import ROOT, run_script
 
 
 def corpus(folder: Path, rows: list[tuple[str, str, str, str]]) -> tuple[Path, Path]:

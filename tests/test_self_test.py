@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from skewless.core.selftest import SelfTestError
 from skewless.core.service import ModelService
-from tests.conftest import Demonstration, run_script
+from tests.conftest import Demonstration, run_skewless
 
 
 def edit_text(path: Path, old: str, new: str) -> None:
@@ -47,11 +47,11 @@ def one_weight(root: Path) -> None:
 
 def tf32_rounding(root: Path) -> None:
     """What a GPU with TF32 does to a convolution: its inputs keep 10 bits of mantissa."""
-    with open(root / "handler" / "runtimes" / "eager.py", "a") as file:
+    with open(root / "skewless" / "core" / "runtimes" / "eager.py", "a") as file:
         file.write(
-            "\n_exact = nn.Conv2d._conv_forward\n"
+            "\n_exact = torch.nn.Conv2d._conv_forward\n"
             "_round = lambda x: ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)\n"
-            "nn.Conv2d._conv_forward = lambda self, x, w, b: _exact(self, _round(x), _round(w), b)\n"
+            "torch.nn.Conv2d._conv_forward = lambda self, x, w, b: _exact(self, _round(x), _round(w), b)\n"
         )
 
 
@@ -106,7 +106,7 @@ def test_torchserve_refuses_it_and_goes_on_serving(server, client, demonstration
     shutil.make_archive(str(target), "zip", unpacked)
     target.with_suffix(".mar.zip").rename(target)
     try:
-        result = run_script("register", target, "--default", "--state-dir", server.state_dir, check=False)
+        result = run_skewless("register", target, "--default", "--state-dir", server.state_dir, check=False)
         assert result.returncode == 1
         assert f"self-test: {TAMPERED[tamper]}" in result.stderr
         assert [m["version"] for m in server.models() if m["name"] == "cough"] == ["1.0"]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from skewless.errors import ServerError, UsageError
+from skewless.packaging.build import copy_code
 from skewless.torchserve import launch, server
 from skewless.torchserve.client import Client
-from skewless.errors import ServerError, UsageError
 from skewless.torchserve.server import Server
+from tests.conftest import ROOT, run_skewless
 
-ROOT = Path(__file__).resolve().parents[1]
 AUDIO = bytes(range(256)) * 100
 
 ECHO = """
@@ -42,30 +45,68 @@ def answer(fields, context, i):
     }
 """
 
+GROUP = "echo"
+pytestmark = pytest.mark.chain
+
+
+def own_network(folder: Path, statement: str) -> None:
+    (folder / "network.py").write_text(
+        "import os\nfrom skewless.core.networks import Network\n\nclass Fault(Network):\n"
+        f'    """(N, 3) to (N, 1)."""\n    def __init__(self):\n        {statement}\n'
+    )
+    (folder / "model.yaml").write_text(
+        "network: {network.py:Fault: {}}\nruntime: {eager: {}}\nprecision: {}\nlimits: {}\n"
+        "postprocess: {label_threshold: {threshold: 0.5, classes: [a, b], positive_field: b}}\n"
+    )
+    (folder / "metrics.json").write_text("{}")
+
+
+# The message, and what of an archive that would else load is broken so.
 BROKEN = {
-    "ValueError: reference 3 is off by 0.2": "def handle(data, context): raise ValueError('reference 3 is off by 0.2')",
+    "DefinitionError: ": lambda folder: (folder / "pipeline.yaml").unlink(),
     # TorchServe rethrows a RuntimeError as "500 - Unknown exception" and keeps the version registered.
-    "RuntimeError: wrong weights": "def handle(data, context): raise RuntimeError('wrong weights')",
-    # It then looks for a built-in handler of that name, and that is the last exception in the log.
-    "ModuleNotFoundError: No module named 'missing_package'": "import missing_package",
-    "left no exception": "import os; os._exit(3)",
+    "RuntimeError: wrong weights": lambda folder: own_network(folder, "raise RuntimeError('wrong weights')"),
+    # TorchServe then looks for a built-in handler of that name, and that is the last exception in its log.
+    "ModuleNotFoundError: No module named 'missing_package'": lambda folder: edit(
+        folder / "skewless" / "core" / "service.py", "import json\n", "import json\nimport missing_package\n"
+    ),
+    "the worker wrote down no reason": lambda folder: own_network(folder, "os._exit(3)"),
 }
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def make_broken(store: Path, breaking: Callable[[Path], object]) -> Path:
+    """An archive `echo-broken.mar` of the product's own handler and a folder in which something is broken."""
+    folder = store.parent / "broken"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    copy_code(folder)
+    shutil.copy(ROOT / "archive" / "talent" / "pipeline.yaml", folder)
+    shutil.copy(ROOT / "archive" / "talent" / "model.yaml", folder)
+    breaking(folder)
+    return pack(store, "broken", folder / "handler" / "entry.py", folder)
 
 
 def make_archive(store: Path, version: str, code: str) -> Path:
     """An archive `echo-VERSION.mar` in `store` whose handler is `code`."""
-    handler, config = store.parent / "echo_handler.py", store.parent / "model-config.yaml"
+    handler = store.parent / "echo_handler.py"
     handler.write_text(code)
+    return pack(store, version, handler)
+
+
+def pack(store: Path, version: str, handler: Path, extra: Path | None = None) -> Path:
+    config = store.parent / "model-config.yaml"
     config.write_text("minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\nstartupTimeout: 30\n")
     command = [sys.executable, "-m", "model_archiver.model_packaging", "--model-name", "echo", "--version", version]
-    command += ["--handler", handler, "--config-file", config, "--export-path", handler.parent, "--force"]
+    command += ["--handler", handler, "--config-file", config, "--export-path", store.parent, "--force"]
+    command += ["--extra-files", extra] if extra else []
     subprocess.run(command, check=True, capture_output=True)
-    return (handler.parent / "echo.mar").rename(store / f"echo-{version}.mar")
-
-
-def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / name, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return (store.parent / "echo.mar").rename(store / f"echo-{version}.mar")
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +228,9 @@ def test_metrics_are_in_prometheus_format(client: Client):
 
 @pytest.mark.parametrize("reason", BROKEN)
 def test_an_archive_that_does_not_load_leaves_the_old_version_serving(running: Server, client: Client, reason: str):
-    archive = make_archive(running.model_store, "broken", BROKEN[reason])
+    archive = make_broken(running.model_store, BROKEN[reason])
     before = running.models()
-    done = run_script("register.py", archive, "--default", "--state-dir", running.state_dir)
+    done = run_skewless("register", archive, "--default", "--state-dir", running.state_dir, check=False)
     assert done.returncode == 1, done.stderr
     assert reason in done.stderr.splitlines()[0]
     assert "Traceback" not in done.stderr
@@ -199,15 +240,15 @@ def test_an_archive_that_does_not_load_leaves_the_old_version_serving(running: S
 
 def test_a_new_version_becomes_the_default_only_when_asked(running: Server, client: Client):
     second = make_archive(running.model_store, "2.0", ECHO)
-    done = run_script("register.py", second, "--state-dir", running.state_dir)
+    done = run_skewless("register", second, "--state-dir", running.state_dir, check=False)
     assert (done.returncode, done.stdout) == (0, "echo 2.0 registered, not the default version, workers READY\n")
     assert client.predict_rest("echo", AUDIO).body["version"] == "1.0"
     assert client.predict_grpc("echo", AUDIO, version="2.0").body["version"] == "2.0"
 
-    again = run_script("register.py", second, "--state-dir", running.state_dir)
+    again = run_skewless("register", second, "--state-dir", running.state_dir, check=False)
     assert again.returncode == 2
     assert "echo 2.0 is registered already" in again.stderr
-    switched = run_script("register.py", second, "--default", "--state-dir", running.state_dir)
+    switched = run_skewless("register", second, "--default", "--state-dir", running.state_dir, check=False)
     assert (switched.returncode, switched.stdout) == (0, "echo 2.0 registered, default version, workers READY\n")
     assert client.predict_rest("echo", AUDIO).body["version"] == "2.0"
     running.set_default("echo", "1.0")
@@ -230,7 +271,7 @@ def test_register_refuses_what_is_no_archive_of_the_store(running: Server, tmp_p
         (broken, "is not a model archive"),
         (tmp_path / "none.mar", "no such archive"),
     ):
-        done = run_script("register.py", archive, "--state-dir", running.state_dir)
+        done = run_skewless("register", archive, "--state-dir", running.state_dir, check=False)
         assert done.returncode == 2
         assert reason in done.stderr
     with pytest.raises(UsageError, match="workers is 0"):
@@ -240,30 +281,30 @@ def test_register_refuses_what_is_no_archive_of_the_store(running: Server, tmp_p
 def test_servers_live_side_by_side_and_leave_nothing_running(running: Server, tmp_path: Path):
     state = ["--state-dir", tmp_path / "state"]
     start = ["start", *state, "--model-store", running.model_store, "--ports", "free"]
-    assert run_script("serve.py", "status", *state).returncode == 1
-    assert run_script("serve.py", "stop", *state).returncode == 2
+    assert run_skewless("serve", "status", *state, check=False).returncode == 1
+    assert run_skewless("serve", "stop", *state, check=False).returncode == 2
 
-    done = run_script("serve.py", *start)
+    done = run_skewless("serve", *start, check=False)
     assert done.returncode == 0, done.stderr
     second = Server.attach(tmp_path / "state")
     try:
         assert second.register(running.model_store / "echo-1.0.mar")["workers"] == ["READY"]
         with Client(second) as client:
             assert client.predict_rest("echo", AUDIO).status == 200
-        shown = run_script("serve.py", "status", *state)
+        shown = run_skewless("serve", "status", *state, check=False)
         assert (shown.returncode, "echo 1.0, default: workers READY" in shown.stdout) == (0, True)
-        again = run_script("serve.py", *start)
+        again = run_skewless("serve", *start, check=False)
         assert again.returncode == 2
         assert "is already running" in again.stderr
-        assert "serve.py stop --state-dir" in again.stderr
+        assert "skewless serve stop --state-dir" in again.stderr
 
         processes = [second.process(), *second.process().children(recursive=True)]
         assert len(processes) == 2
     finally:
-        done = run_script("serve.py", "stop", *state)
+        done = run_skewless("serve", "stop", *state, check=False)
     assert done.returncode == 0, done.stderr
     assert not [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
-    assert sorted(file.name for file in second.state_dir.iterdir()) == ["lock", "logs"]
+    assert sorted(file.name for file in second.state_dir.iterdir()) == ["load-errors", "lock", "logs"]
     assert running.status()["health"] == "Healthy"
 
 

@@ -1,40 +1,41 @@
 """The skew report: alignment, comparison, attribution, and the files it writes."""
 
 import base64
-import contextlib
 import io
 import json
 import random
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from skewless.core.postprocess.bag_threshold import BagThreshold
-from skewless.core.networks import AttnMILResNet
+from skewless.core.align import align
+from skewless.core.networks import Network
 from skewless.core.pipeline import Pipeline
+from skewless.core.postprocess.bag_threshold import BagThreshold
 from skewless.core.runtimes.eager import EagerRuntime
+from skewless.core.service import Scored
 from skewless.core.stages import InputError, Stage
-from skewless.skew.align import align
+from skewless.skew.aggregate import summarize
+from skewless.skew.compare import skew_report
+from skewless.skew.measure import Comparator, Tally
 from skewless.skew.page import write_html
-from archive.cough.pydub_decode import AudioSegment
-from skewless.skew.report import as_text, at_threshold
-from skewless.skew.skew import Comparator, Score, Tally, summarize
-from scripts import skew_report
-from skewless.training.checkpoint import save_checkpoint
+from skewless.skew.pictures import Example, segment_images, waveform
+from skewless.skew.report import as_text, threshold_phrase
+from tests.recordings import FFMPEG, AudioSegment
+from tests.tiny_model import TinyModel, tiny_model  # noqa: F401
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "archive" / "cough"
 VARIANTS = sorted(path.stem for path in (ARCHIVE / "variants").glob("*.yaml"))
 CHROMIUM = Path("/usr/bin/chromium")
 THRESHOLD = 0.5
+CLASSES = ("negative", "positive")
 
 # First diverging stage and the paired stage that shows it, for a lossy recording that is not at full level.
 FIRST = {
@@ -57,7 +58,11 @@ def one_thread():
 
 
 @dataclass(frozen=True)
-class LeftChannel(Stage, name="left_channel_of_test_skew"):
+class LeftChannel(Stage, name="left_channel"):
+    """The first channel: `(C, N)` to `(1, N)`."""
+
+    unit = "full scale"
+
     def __call__(self, signal):
         return signal.of(signal.data[:1])
 
@@ -84,7 +89,7 @@ def variant(name):
     return Pipeline.from_yaml(ARCHIVE / "variants" / f"{name}.yaml")
 
 
-class TinyNetwork(torch.nn.Module):
+class TinyNetwork(Network):
     """Random weights over a coarse view of the image; cheap, and moved by small changes of the input."""
 
     def __init__(self):
@@ -109,7 +114,7 @@ def runtime():
 
 @pytest.fixture(scope="module")
 def comparator(reference, runtime):
-    return lambda candidate: Comparator(reference, candidate, runtime, BagThreshold(THRESHOLD, "positive"))
+    return lambda candidate: Comparator(reference, candidate, runtime, BagThreshold(THRESHOLD, "positive", CLASSES))
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +198,8 @@ def test_a_definition_may_differ_without_effect(comparator):
 
 
 def reordered(reference, change):
-    definition = reference.to_dict()
-    definition["stages"] = change(definition["stages"])
-    return Pipeline.from_dict(definition)
+    """The reference with its list of stages changed."""
+    return Pipeline("changed", change(list(reference.stages.values())))
 
 
 def test_a_moved_stage_is_one_edit(comparator, reference):
@@ -213,10 +217,9 @@ def test_a_moved_stage_is_one_edit(comparator, reference):
 
 
 def test_edits_that_only_run_together_are_counted_together(comparator, reference, tmp_path):
-    swap = [{"left_channel_of_test_skew": {}}]
-    candidate = reordered(reference, lambda s: s[:2] + s[3:4] + swap + s[4:])
+    candidate = reordered(reference, lambda s: [*s[:2], s[3], LeftChannel(), *s[4:]])
     pair = comparator(candidate)
-    assert [str(e) for e in pair.alignment.edits] == ["downmix removed", "left_channel_of_test_skew inserted"]
+    assert [str(e) for e in pair.alignment.edits] == ["downmix removed", "left_channel inserted"]
     measurement = pair.measure("clip", recording("WAV", "PCM_16", channels=2))
     report = summarize(pair.alignment, [measurement], THRESHOLD)
     removed, inserted = report["edits"]
@@ -251,8 +254,12 @@ def test_a_recording_that_one_side_cannot_read_names_the_side(comparator, refere
 
 def test_alignment_rebuilds_both_pipelines(reference):
     """Whatever is removed, moved, inserted or replaced: no edits give the reference, all give the candidate."""
-    stages = reference.to_dict()["stages"]
-    others = [{"left_channel_of_test_skew": {}}, {"decode_pydub": {}}, {"downmix": {}}]
+    stages = list(reference.stages.values())
+    others = [
+        LeftChannel(),
+        variant("onnx_backend").stages["decode_pydub"],
+        replace(reference.stages["highpass"], q=1.0),
+    ]
     for seed in range(200):
         rng = random.Random(seed)
         ours, theirs = (
@@ -260,11 +267,11 @@ def test_alignment_rebuilds_both_pipelines(reference):
             [s for s in stages if rng.random() < 0.8] or stages
             for _ in range(2)
         )  # fmt: skip
-        a, b = (Pipeline.from_dict({"name": "x", "stages": s}) for s in (ours, theirs))
+        a, b = Pipeline("x", ours), Pipeline("x", theirs)
         alignment = align(a, b)
         assert alignment.stages(frozenset()) == tuple(a.stages.values())
         assert alignment.stages(frozenset(range(len(alignment.edits)))) == tuple(b.stages.values())
-        assert bool(alignment.edits) == (a.fingerprint != b.fingerprint)
+        assert bool(alignment.edits) == bool(a.diff(b)) == (a.fingerprint != b.fingerprint)
 
 
 def test_tally_agrees_with_numpy():
@@ -282,9 +289,10 @@ def test_tally_agrees_with_numpy():
     assert found["p99"] == pytest.approx(np.quantile(distance, 0.99), rel=0.01)
 
 
-def test_decode_pydub_sets_the_facts_of_decode():
+def test_decode_pydub_sets_the_metadata_of_decode(reference):
     audio = recording("WAV", "PCM_16", channels=2)
-    first, second = (Pipeline.from_dict({"name": "x", "stages": [{n: {}}]}) for n in ("decode", "decode_pydub"))
+    first = Pipeline("x", [reference.stages["decode"]])
+    second = Pipeline("x", [variant("onnx_backend").stages["decode_pydub"]])
     a, b = first.run(audio), second.run(audio)
     assert a.metadata == b.metadata
     assert b.rate == a.rate
@@ -293,7 +301,7 @@ def test_decode_pydub_sets_the_facts_of_decode():
     # For MP3 pydub asks for 16 bits, which is also what ffmpeg gives when nobody asks.
     lossy = recording("MP3", "MPEG_LAYER_III", rate=44100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AudioSegment, "converter", imageio_ffmpeg.get_ffmpeg_exe())
+        patch.setattr(AudioSegment, "converter", FFMPEG)
         own = AudioSegment.from_file_using_temporary_files(io.BytesIO(lossy))
     assert np.array_equal(second(lossy)[0].numpy(), np.array(own.get_array_of_samples(), np.float32) / 32768)
     assert set(second.run(lossy).metadata) == set(a.metadata)
@@ -305,62 +313,45 @@ def test_decode_pydub_sets_the_facts_of_decode():
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, reference):
-    """A folder with a checkpoint, a manifest, three recordings and a broken one."""
-    root = tmp_path_factory.mktemp("skew")
-    (root / "audio" / "sub").mkdir(parents=True)
-    names = {"a.ogg": 1, "b.ogg": 0, "sub/c <&>.ogg": 0}
-    for seed, name in enumerate(names):
-        (root / "audio" / name).write_bytes(recording(seed=seed))
-    rows = ["file_path,cough_label,split", *(f"{name},{label},test" for name, label in names.items())]
-    (root / "list.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    (root / "audio" / "broken.wav").write_bytes(b"RIFF....WAVE")
-    torch.manual_seed(0)
-    save_checkpoint(
-        root / "best.pth",
-        {
-            "epoch": 1,
-            "model_state_dict": AttnMILResNet().state_dict(),
-            "pipeline": reference.to_dict(),
-            "pipeline_fingerprint": reference.fingerprint,
-            "network": {"attn_mil_resnet": {}},
-            "postprocess": {"bag_threshold": {"threshold": THRESHOLD, "positive_field": "positive"}},
-            "history": [],
-        },
-    )
-    return root
+def folder(tmp_path_factory):
+    """A folder of three recordings and a broken one."""
+    folder = tmp_path_factory.mktemp("recordings")
+    (folder / "sub").mkdir()
+    for seed, name in enumerate(("a.ogg", "b.ogg", "sub/c <&>.ogg")):
+        (folder / name).write_bytes(recording(seed=seed))
+    (folder / "broken.wav").write_bytes(b"RIFF....WAVE")
+    return folder
 
 
-def command(root, *extra, candidate="tail_only", source=("--audio", "audio"), out="out"):
-    """Run the command line; returns what it printed."""
-    arguments = ["--reference", ARCHIVE / "pipeline.yaml", "--candidate", ARCHIVE / "variants" / f"{candidate}.yaml"]
-    arguments += ["--checkpoint", root / "best.pth", source[0], root / source[1], "--out", root / out, *extra]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(sys, "argv", ["skew_report.py", *map(str, arguments)])
-        skew_report.main()
-    return printed.getvalue()
+def compare(model: TinyModel, out: Path, candidate: str = "tail_only", **options):
+    path = model.archive / "variants" / f"{candidate}.yaml"
+    return skew_report(model.definition, model.checkpoint, path, out, **options)
 
 
 @pytest.fixture(scope="module")
-def written(root):
-    """The report of a folder: what is printed, skew.json and index.html."""
-    printed = command(root, "--worst", "1", out="folder")
-    return printed, *((root / "folder" / name).read_text(encoding="utf-8") for name in ("skew.json", "index.html"))
+def written(tiny_model, folder, tmp_path_factory):  # noqa: F811
+    """The report of a folder: as text, skew.json and index.html."""
+    out = tmp_path_factory.mktemp("report")
+    text = as_text(compare(tiny_model, out, files=folder, examples=1))
+    return text, *((out / name).read_text(encoding="utf-8") for name in ("skew.json", "index.html"))
 
 
-def test_report_of_a_folder(root, written):
+def test_report_of_a_folder(folder, tiny_model, written):  # noqa: F811
     printed, text, page = written
     assert "first part at 'segment'" in printed
     assert "broken.wav" in printed
     assert "3x32000 → 7x32000" in printed
     report = json.loads(text)
+    assert report["reference"]["file"] == "pipeline.yaml"
     assert report["recordings_compared"] == 3
     assert [u["name"] for u in report["unreadable"]] == ["broken.wav"]
     assert report["metrics"] is None
+    assert report["threshold"] == THRESHOLD
     assert report["checkpoint"]["trained_with_reference"]
+    assert {"torch", "torchaudio", "av"} <= set(report["library_versions"])
     for content in (text, page):
-        assert str(root) not in content
-        assert str(ARCHIVE) not in content
+        assert str(folder) not in content
+        assert str(tiny_model.archive.parent) not in content
     assert "c &lt;&amp;&gt;.ogg" in page
 
 
@@ -376,41 +367,130 @@ def test_page_is_self_contained(written):
         assert not re.search(r'href="(?!#|data:)', svg)
 
 
-def test_report_of_a_manifest_has_metrics(root):
-    source = ("--manifest", "list.csv")
-    command(
-        root, "--audio-root", root / "audio", "--worst", "0", "--limit", "2", source=source, candidate="pytorch_backend"
+def test_report_of_a_manifest_has_metrics(tiny_model, tmp_path):  # noqa: F811
+    report = compare(
+        tiny_model,
+        tmp_path,
+        candidate="onnx_backend",
+        reference=tiny_model.archive / "variants" / "no_highpass.yaml",
+        manifest=tiny_model.manifest,
+        limit=2,
+        examples=0,
+        threshold=0.25,
     )
-    report = json.loads((root / "out" / "skew.json").read_text(encoding="utf-8"))
-    assert [(r["name"], r["label"]) for r in report["recordings"]] == [
-        ("a.ogg", "positive"),
-        ("sub/c <&>.ogg", "negative"),
-    ]
+    assert report == json.loads((tmp_path / "skew.json").read_text(encoding="utf-8"))
+    assert [(r["name"], r["label"]) for r in report["recordings"]] == [("18.wav", "tone"), ("23.wav", "noise")]
     assert report["metrics"]["reference"].keys() == report["metrics"]["candidate"].keys() >= {"auc", "f1"}
-    assert report["first_divergence"]["stage"] == "standardize"
+    assert report["threshold"] == 0.25
+    assert report["reference"]["file"] == "no_highpass.yaml"
+    assert not report["checkpoint"]["trained_with_reference"]
+    assert "trained with another pipeline than this reference" in as_text(report)
+    # What only the candidate computes with is listed, too.
+    assert "pydub" in report["library_versions"]
 
 
-@pytest.mark.parametrize(
-    ("extra", "source", "message"),
-    [
-        (["--threshold", "2"], ("--audio", "audio"), "expected a number in"),
-        (["--limit", "0"], ("--audio", "audio"), "expected at least 1"),
-        (["--candidate", "absent.yaml"], ("--audio", "audio"), "absent.yaml"),
-        (["--checkpoint", __file__], ("--audio", "audio"), "is not a checkpoint"),
-        ([], ("--audio", "nowhere"), "expected a folder"),
-        (["--split", "val"], ("--manifest", "list.csv"), "there is no file"),
-        (
-            ["--split", "val", "--audio-root", "{root}/audio"],
-            ("--manifest", "list.csv"),
-            "no recordings in split 'val'",
-        ),
-    ],
-)
-def test_wrong_input_exits_with_2(capsys, root, extra, source, message):
-    with pytest.raises(SystemExit) as stopped:
-        command(root, *(e.format(root=root) for e in extra), source=source)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+WRONG = {
+    "threshold": ({"threshold": 2.0}, "threshold is 2.0, expected a number in"),
+    "limit": ({"limit": 0}, "limit is 0, expected at least 1"),
+    "examples": ({"examples": -1}, "examples is -1, expected 0 or more"),
+    "candidate": ({"candidate": "absent"}, r"no pipeline file .*absent.yaml"),
+    "reference": ({"reference": Path("absent.yaml")}, "no pipeline file absent.yaml"),
+    "folder": ({"files": Path("nowhere")}, "nowhere, expected a folder"),
+    "neither": ({"files": None}, "either a manifest or a folder"),
+    "both": ({"manifest": Path("list.csv")}, "either a manifest or a folder"),
+    "root of a folder": ({"root": Path("nowhere")}, "a root belongs to a manifest"),
+    "no manifest": ({"files": None, "manifest": Path("list.csv")}, "there is no manifest list.csv"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_named(tiny_model, folder, tmp_path, options, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        compare(tiny_model, tmp_path / "out", **{"files": folder, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_compare_is_said(tiny_model, tmp_path):  # noqa: F811
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("file_path,label,split\n18.wav,tone,train\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="there is no file"):
+        compare(tiny_model, tmp_path / "out", manifest=manifest)
+    with pytest.raises(ValueError, match="no recordings in split 'val'"):
+        compare(tiny_model, tmp_path / "out", manifest=manifest, root=tiny_model.manifest.parent, split="val")
+    with pytest.raises(ValueError, match="split is 'dev', expected one of train, val, test"):
+        compare(tiny_model, tmp_path / "out", manifest=manifest, split="dev")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no files"):
+        compare(tiny_model, tmp_path / "out", files=tmp_path / "empty")
+    (tmp_path / "empty" / "broken.wav").write_bytes(b"RIFF....WAVE")
+    with pytest.raises(ValueError, match=r"none of the 1 files can be read:\n  broken\.wav: "):
+        compare(tiny_model, tmp_path / "out", files=tmp_path / "empty")
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        compare(replace(tiny_model, checkpoint=manifest), tmp_path / "out", files=tmp_path / "empty")
+
+
+STAGE = '''\
+from dataclasses import dataclass
+from typing import ClassVar
+
+from skewless.core.stages import Stage
+
+
+@dataclass(frozen=True)
+class Louder(Stage, name="louder"):
+    """The samples times `factor`: `(1, N)` to `(1, N)`."""
+
+    unit: ClassVar[str] = "full scale"
+
+    factor: float
+
+    def __call__(self, signal):
+        return signal.of(self.factor * signal.data)
+'''
+
+
+def with_louder(folder: Path, code: str, factor: float, reference: Pipeline) -> Pipeline:
+    """The reference with a stage of the folder's own code after the high-pass."""
+    folder.mkdir()
+    (folder / "louder.py").write_text(code, encoding="utf-8")
+    stages = reference.to_dict()["stages"]
+    stages.insert(5, {"louder.py:Louder": {"factor": factor}})
+    return Pipeline.from_dict({"name": "x", "stages": stages}, folder)
+
+
+def test_stages_of_own_code_are_aligned_by_name_and_compared_by_their_code(comparator, reference, tmp_path):
+    first = with_louder(tmp_path / "first", STAGE, 1.0, reference)
+    copied = with_louder(tmp_path / "copied", STAGE, 1.0, reference)
+    louder = with_louder(tmp_path / "louder", STAGE, 0.5, reference)
+    rewritten = with_louder(tmp_path / "rewritten", STAGE.replace("self.factor *", "2 * self.factor *"), 1.0, reference)
+    assert align(first, copied).edits == ()
+    assert first.diff(copied) == []
+    assert [str(edit) for edit in align(first, louder).edits] == ["louder: factor 1.0 → 0.5"]
+    assert [str(difference) for difference in first.diff(louder)] == ["louder.factor: 1.0 here, 0.5 there"]
+    (edit,) = align(first, rewritten).edits
+    assert re.fullmatch(r"louder: louder\.py [0-9a-f]{12} → [0-9a-f]{12}", str(edit))
+    (difference,) = first.diff(rewritten)
+    assert (difference.stage, difference.parameter) == ("code", "louder.py")
+    assert (difference.ours, difference.theirs) == (first.code["louder.py"], rewritten.code["louder.py"])
+    pair = Comparator(first, rewritten, comparator(reference)._runtime, BagThreshold(THRESHOLD, "positive", CLASSES))
+    report = summarize(pair.alignment, [pair.measure("clip", recording())], THRESHOLD)
+    assert report["first_divergence"]["stage"] == "louder"
+    assert report["edits"][0]["in_order"]["mean"] == pytest.approx(report["together"]["mean"], abs=1e-9)
+
+
+def test_pictures_take_the_units_from_the_stages(comparator, reference, tmp_path):
+    """Of a stage of one's own, too: its output is the waveform before segmentation."""
+    pipeline = with_louder(tmp_path / "own", STAGE, 0.5, reference)
+    pair = comparator(pipeline)
+    report = summarize(pair.alignment, [pair.measure("clip", recording())], THRESHOLD)
+    example = Example(report["recordings"][0], *pair.traces(recording()))
+    peaks = [float(re.search(rf"{words}", waveform(example).alt)[1]) for words in
+             (r"peak ([\d.]+) in the reference", r"([\d.]+) in the candidate")]  # fmt: skip
+    assert peaks[1] == pytest.approx(peaks[0] / 2, abs=2e-3)
+    assert {name: unit for name, (_, unit) in example.candidate.items()}["louder"] == "full scale"
+    # A stage that passes values on keeps the unit of those before it.
+    assert example.candidate["replicate"].unit == example.candidate["cast"].unit == "image value"
+    assert "output of 'cast'" in segment_images(example)[0].title
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")
@@ -439,11 +519,13 @@ def test_three_classes_have_no_threshold(comparator, reference):
     """By hand: the change is told in the class that the reference chooses, and the decision changes with the highest."""
     pair = comparator(reference)
     same = pair.measure("clip", recording())
-    before, after = Score((0.6, 0.3, 0.1), ()), Score((0.35, 0.45, 0.2), ())
+    before, after = Scored((0.6, 0.3, 0.1), ()), Scored((0.35, 0.45, 0.2), ())
     rows = [
         replace(same, name="changed", label=0, reference=before, candidate=after),
         replace(same, name="kept", label=1, reference=after, candidate=after),
-        replace(same, name="last", label=2, reference=Score((0.0, 0.1, 0.9), ()), candidate=Score((0.0, 0.2, 0.8), ())),
+        replace(
+            same, name="last", label=2, reference=Scored((0.0, 0.1, 0.9), ()), candidate=Scored((0.0, 0.2, 0.8), ())
+        ),
     ]
     report = summarize(pair.alignment, rows, 0.7, ("animal", "avatar", "human"))
     changes = [entry["change"] for entry in report["recordings"]]
@@ -452,5 +534,14 @@ def test_three_classes_have_no_threshold(comparator, reference):
     assert report["recordings"][0]["chosen"] == {"reference": "animal", "candidate": "avatar"}
     assert report["metrics"]["reference"]["accuracy"] == 1.0
     assert report["metrics"]["candidate"]["accuracy"] == pytest.approx(2 / 3)
-    assert at_threshold(report) == ""
-    assert at_threshold(report | {"classes": ["no", "yes"]}) == " at threshold 0.7"
+    assert threshold_phrase(report) == ""
+    assert threshold_phrase(report | {"classes": ["no", "yes"]}) == " at threshold 0.7"
+
+
+@pytest.mark.parametrize("path", sorted(ARCHIVE.parent.glob("*/variants/*.yaml")), ids=lambda path: path.stem)
+def test_every_variant_of_every_archive_is_read_and_differs(path):
+    archive = Pipeline.from_yaml(path.parents[1] / "pipeline.yaml")
+    found = Pipeline.from_yaml(path)
+    assert found.reads == archive.reads
+    assert archive.diff(found)
+    assert align(archive, found).edits

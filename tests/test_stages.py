@@ -55,7 +55,7 @@ def expected(case: str) -> dict[str, NDArray]:
 
 def run(stage: str, data: NDArray, rate: int, /, **changes: object) -> Signal:
     """One stage of the pipeline, with parameters changed, on data whose metadata are those of a whole recording."""
-    facts = {
+    metadata = {
         "peak": float(np.abs(data).max()),
         "num_samples": data.shape[-1],
         "duration_s": data.shape[-1] / rate,

@@ -1,4 +1,4 @@
-"""Voice features, their scaler, network and decision: against a float64 oracle, librosa scripts, scikit-learn and Keras."""
+"""Voice features, their scaler, network and post-processing: against a float64 oracle, librosa scripts, scikit-learn and Keras."""
 
 import csv
 import io
@@ -20,22 +20,21 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from skewless.core.postprocess import build_postprocessor
-from skewless.core.config import read_config
-from skewless.core.networks import build_network
+from skewless.core.definition import Definition
 from skewless.core.networks.mlp import MLP
 from skewless.core.pipeline import Pipeline
+from skewless.core.postprocess import build_postprocessor
 from skewless.core.stages import InputError, Payload, PipelineError, Signal
 from skewless.core.stages.decode import Decode
 from skewless.core.stages.voice import FEATURES, RemoveSilence, StandardScaler, VoiceFeatures, describe
-from tests import recordings
-from tests.oracles import talent as oracle
-from tests.recordings import one_thread  # noqa: F401
-from skewless.training.offline_augmentation import NOISE_DB, STRETCH, copies
 from skewless.demos.talent import FORMATS, LABELS, TAKES_PER_SINGER, examples
 from skewless.demos.writer import CorpusError
 from skewless.evaluation.feature_pictures import write_pictures
 from skewless.training.manifest import read_manifest
+from skewless.training.offline_augmentation import NOISE_DB, STRETCH, augmented_copies
+from tests import recordings
+from tests.oracles import talent as oracle
+from tests.recordings import one_thread  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = ROOT / "archive" / "talent"
@@ -304,7 +303,7 @@ def test_a_feature_that_never_varies_cannot_be_scaled():
         StandardScaler().fit(data[:1])
 
 
-# ------------------------------------------------------------------------------------------------ network and decision
+# ------------------------------------------------------------------------------------------------ network and post-processing
 
 
 def test_the_network_is_the_keras_model():
@@ -313,7 +312,7 @@ def test_the_network_is_the_keras_model():
     from tests.keras_on_torch import keras
 
     assert keras.backend.backend() == "torch"
-    network = build_network(read_config(ARCHIVE / "model-config.yaml")["network"])
+    network = Definition.read(ARCHIVE).build_network()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, value in network.state_dict().items():
@@ -361,10 +360,10 @@ def test_the_network_starts_as_keras_starts_it():
         MLP(hidden=(8, 4), dropout=(0.1,))
 
 
-def test_the_decision_names_the_label_and_is_as_sure_as_that_label():
-    decision = build_postprocessor(read_config(ARCHIVE / "model-config.yaml")["postprocess"])
-    assert decision.classes == LABELS == ("poor", "good")
-    good = decision({"probability": torch.tensor(0.75)}, {"duration_s": 2.5}, 0.5)
+def test_the_answer_names_the_label_and_is_as_sure_as_that_label():
+    postprocessor = Definition.read(ARCHIVE).postprocessor
+    assert postprocessor.classes == LABELS == ("poor", "good")
+    good = postprocessor({"probability": torch.tensor(0.75)}, {"duration_s": 2.5}, 0.5)
     assert good == {
         "label": "good",
         "confidence": 0.75,
@@ -373,14 +372,16 @@ def test_the_decision_names_the_label_and_is_as_sure_as_that_label():
         "threshold_used": 0.5,
         "duration_s": 2.5,
     }
-    poor = decision({"probability": torch.tensor(0.75)}, {"duration_s": 2.5}, 0.75)
+    poor = postprocessor({"probability": torch.tensor(0.75)}, {"duration_s": 2.5}, 0.75)
     assert (poor["label"], poor["confidence"], poor["talented"]) == ("poor", 0.25, False)  # strictly above
     for body in (good, poor):
         assert json.loads(json.dumps(body)) == body
-        assert decision.read(body) == ((0.75,), int(body["talented"]))
-    for labels in (["good"], ["good", "good"], ["a", "b", "c"]):
-        with pytest.raises(ValueError, match="expected two different names"):
-            build_postprocessor({"label_threshold": {"threshold": 0.5, "labels": labels, "positive_field": "talented"}})
+        assert postprocessor.read(body) == ((0.75,), int(body["talented"]))
+    for classes in (["good"], ["good", "good"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match="expected a list of two different names"):
+            build_postprocessor(
+                {"label_threshold": {"threshold": 0.5, "classes": classes, "positive_field": "talented"}}
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------- the archive
@@ -438,15 +439,15 @@ def decoded(data: bytes) -> Signal:
 
 def test_copies_are_the_same_every_time_and_each_is_another():
     data = recordings.wav(recordings.tones(16000, 0.8, 2), 16000)
-    made = copies(data, 4, seed=1)
-    assert made == copies(data, 4, seed=1)
-    assert made[:2] == copies(data, 2, seed=1)
-    assert len({data, *made, *copies(data, 4, seed=2)}) == 9
-    assert copies(data, 0, seed=1) == []
+    made = augmented_copies(data, 4, seed=1)
+    assert made == augmented_copies(data, 4, seed=1)
+    assert made[:2] == augmented_copies(data, 2, seed=1)
+    assert len({data, *made, *augmented_copies(data, 4, seed=2)}) == 9
+    assert augmented_copies(data, 0, seed=1) == []
     with pytest.raises(ValueError, match="count -1"):
-        copies(data, -1, seed=1)
+        augmented_copies(data, -1, seed=1)
     with pytest.raises(InputError):
-        copies(b"RIFF, but nothing else", 1, seed=1)
+        augmented_copies(b"RIFF, but nothing else", 1, seed=1)
 
 
 def test_what_each_copy_changes():
@@ -456,7 +457,7 @@ def test_what_each_copy_changes():
     data = recordings.wav(tone, rate, "PCM_24")
     original = decoded(data).data
     for seed in range(3):
-        shifted, stretched, noisy = (decoded(copy) for copy in copies(data, 3, seed))
+        shifted, stretched, noisy = (decoded(copy) for copy in augmented_copies(data, 3, seed))
         assert {shifted.rate, stretched.rate, noisy.rate} == {rate}
         # Semitones and speed, by the loudest frequency (to 1 / 1.5 s = 0.7 Hz) and the length.
         assert shifted.data.shape == original.shape

@@ -15,14 +15,15 @@ import yaml
 from sklearn.metrics import f1_score
 
 from skewless.core.pipeline import Pipeline
-from tests.conftest import ROOT, Demonstration, run_script
+from skewless.evaluation.metrics import at_threshold, best_threshold, measure_classes
 from skewless.training.augment import augment
 from skewless.training.cache import StageCache, UnreadableRecordings
 from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
-from skewless.evaluation.evaluate import at_threshold, best_threshold, measure_classes
-from skewless.training.fit import Config, _copies_of, _measure_batch_statistics, config_of, fit
-from skewless.training.manifest import ManifestError, manifest_digest, read_manifest, select
+from skewless.training.config import Config, config_of
+from skewless.training.fit import _copies_of, _measure_batch_statistics, fit
 from skewless.training.losses import objective_of
+from skewless.training.manifest import ManifestError, manifest_digest, read_manifest, select
+from tests.conftest import ROOT, Demonstration, run_script
 
 COUGH = ROOT / "archive" / "cough"
 

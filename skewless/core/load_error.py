@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from skewless.core.files import atomic
+
 # Set by whoever starts TorchServe; without it nothing is written.
 FOLDER = "SKEWLESS_LOAD_ERRORS"
 
@@ -24,9 +26,8 @@ def written_down(model: Mapping[str, Any]) -> Iterator[None]:
     except BaseException as error:
         if folder := os.environ.get(FOLDER):
             target = path(Path(folder), model["modelName"], model["modelVersion"])
-            unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-            unfinished.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}), encoding="utf-8")
-            unfinished.replace(target)
+            with atomic(target) as unfinished:
+                unfinished.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}), encoding="utf-8")
         raise
 
 

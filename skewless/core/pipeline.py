@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 import yaml
 
+from skewless.core.align import align, changed_parameters, definition_name
 from skewless.core.errors import DefinitionError
-from skewless.core.own_code import OwnCode, file_of, reference
+from skewless.core.own_code import OwnCode, file_of
 from skewless.core.stages import STAGES, Payload, PipelineError, Signal, Stage
 
 
@@ -105,7 +105,7 @@ class Pipeline:
 
     def to_dict(self) -> dict[str, Any]:
         """The normalised definition: every parameter of every stage, in plain YAML types, and the digests of own code."""
-        stages = [{reference(type(s)) or s.name: s.params()} for s in self.stages.values()]
+        stages = [{definition_name(s): s.params()} for s in self.stages.values()]
         return {"name": self.name, **({"code": dict(self.code)} if self.code else {}), "stages": stages}
 
     def to_yaml(self) -> str:
@@ -190,22 +190,19 @@ class Pipeline:
         return Pipeline(self.name, stages[:at], self.code), Pipeline(self.name, stages[at:], self.code)
 
     def diff(self, other: Pipeline) -> list[Difference]:
-        """Where this pipeline ("here") and another ("there") differ: stages missing on one side, and parameters.
+        """Where this pipeline ("here") and another ("there") differ: stages missing on one side, parameters, and own code.
 
         Stages are aligned in order, so a moved stage shows as missing in one place on each side. Empty exactly when
         the fingerprints are equal.
         """
-        ours, theirs = list(self.stages.values()), list(other.stages.values())
-        matcher = difflib.SequenceMatcher(a=[s.name for s in ours], b=[s.name for s in theirs], autojunk=False)
         found = []
-        for tag, a0, a1, b0, b1 in matcher.get_opcodes():
-            if tag == "equal":
-                for a, b in zip(ours[a0:a1], theirs[b0:b1], strict=True):
-                    pa, pb = a.params(), b.params()
-                    found += [Difference(a.name, k, pa[k], pb[k]) for k in pa if pa[k] != pb[k]]
+        for row in align(self, other).rows:
+            a, b = (side and side[1] for side in (row.reference, row.candidate))
+            if a and b and definition_name(a) == definition_name(b):
+                found += [Difference(a.name, name, *pair) for name, pair in changed_parameters(a, b).items()]
             else:
-                found += [Difference(s.name, "", s.params(), None) for s in ours[a0:a1]]
-                found += [Difference(s.name, "", None, s.params()) for s in theirs[b0:b1]]
+                found += [Difference(a.name, "", a.params(), None)] if a else []
+                found += [Difference(b.name, "", None, b.params())] if b else []
         for file in sorted({*self.code, *other.code}):
             if self.code.get(file) != other.code.get(file):
                 found.append(Difference("code", file, self.code.get(file), other.code.get(file)))

@@ -1,9 +1,9 @@
 """Weights that fastai 1 saved, under the names of `resnet18_fastai`.
 
 fastai's `cnn_learner` makes a nn.Sequential of body and head, so its weights are named by position: `0.0.weight` is the
-first convolution's. `learn.save()` writes tensors alone, beside the optimizer's, and so does
-`torch.save(learn.model.state_dict(), ...)`: `skewless.importers.pytorch.read_legacy` reads both without running code. It refuses
-what `learn.export()` writes, a whole learner pickled with its code; load that where fastai is installed, and save.
+first convolution's. `learn.save()` and `torch.save(learn.model.state_dict(), ...)` write tensors alone, which
+`skewless.importers.pytorch` reads. What `learn.export()` writes is a whole learner pickled with its code and is refused:
+load it where fastai is installed, and save its model's state_dict().
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def is_fastai(weights: Mapping[str, torch.Tensor]) -> bool:
 def rename(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """fastai's weights under the network's names.
 
-    A position that the network has no layer for keeps its name, for `network_from` to refuse as unexpected, as it
-    refuses what is missing or of another shape.
+    A position that the network has no layer for keeps its name, and is refused as unexpected when the
+    weights are put into the network.
     """
     renamed = {}
     for name, value in weights.items():

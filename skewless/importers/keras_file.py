@@ -15,7 +15,7 @@ import itertools
 import json
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ import h5py
 import torch
 from torch import nn
 
+from skewless.importers.errors import ImportFileError
+from skewless.importers.imported_file import ImportedFile
 from skewless.importers.keras_graph import groups, read_graph
-from skewless.importers.pytorch import LegacyError
 from skewless.training.checkpoint import file_digest
 
 _MAX_WEIGHTS = 2**31  # bytes; ResNet-50 with an optimizer's two copies in float64 is a third of that
@@ -55,17 +56,6 @@ _VARIABLES = {
 }
 
 
-@dataclass(frozen=True)
-class KerasFile:
-    """weights: a state dict for KerasResNet50. sha256: of the file. stages: what the model itself does to its input,
-    as stages of a pipeline. notes: what was left out, and what the file does not say."""
-
-    weights: dict[str, torch.Tensor]
-    sha256: str
-    stages: tuple[dict[str, dict[str, Any]], ...]
-    notes: tuple[str, ...]
-
-
 @dataclass
 class _Stored:
     """A layer's variables, by their names or, in Keras 3's own files, by their numbers."""
@@ -74,13 +64,13 @@ class _Stored:
     variables: dict[str, h5py.Dataset]
 
 
-def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] = ()) -> KerasFile:
+def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] = ()) -> ImportedFile:
     """The weights of a model that was built on `keras.applications.ResNet50`: its layers by name, wherever they are nested,
     and the two dense layers of its head, whatever their names, in order.
 
     network: a KerasResNet50 of the expected size.
     replaced: names of layers in the model, before ResNet50, of which you know that the pipeline does their work.
-    Raises LegacyError for a file that is damaged, is of another kind, holds another network, or computes something that
+    Raises ImportFileError for a file that is damaged, is of another kind, holds another network, or computes something that
     the network or a pipeline's stages do not.
     """
     path = Path(path)
@@ -94,31 +84,14 @@ def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] =
                     config, version = json.loads(_member(archive, "config.json", _MAX_CONFIG)), _version(archive)
                     weights = io.BytesIO(_member(archive, "model.weights.h5", _MAX_WEIGHTS))
                 return _read_h5(path, weights, config, version, network, replaced)
-    except LegacyError as error:
-        raise LegacyError(f"{path}: {error}") from error
+    except ImportFileError as error:
+        raise ImportFileError(f"{path}: {error}") from error
     except FileNotFoundError as error:
-        raise LegacyError(f"there is no file {path}") from error
+        raise ImportFileError(f"there is no file {path}") from error
     except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
-        raise LegacyError(f"{path} is damaged, or not as Keras writes it: {error!r}") from error
+        raise ImportFileError(f"{path} is damaged, or not as Keras writes it: {error!r}") from error
     shown = start.hex(" ") or "nothing"
-    raise LegacyError(f"{path} starts with {shown}: neither a .keras file (a zip) nor HDF5; give what Keras saved")
-
-
-def check_trained(weights: Mapping[str, torch.Tensor]) -> None:
-    """Raises LegacyError for layers that still are as Keras makes them: a batch normalisation that never saw a batch, a
-    dense layer whose biases are all exactly 0, which an optimizer's first step ends."""
-    fresh = [
-        name.removesuffix(".running_var")
-        for name, value in weights.items()
-        if name.endswith(".running_var") and bool((value == 1).all())
-    ]
-    fresh += [name for name in ("dense", "predictions") if not weights[f"{name}.bias"].any()]
-    if fresh:
-        more = f" and {len(fresh) - 5} more" if len(fresh) > 5 else ""
-        raise LegacyError(
-            f"these are not trained weights: {', '.join(fresh[:5])}{more} still have Keras' initial values. A model that is built "
-            "again has them until the trained weights are loaded into it; give the file that training saved"
-        )
+    raise ImportFileError(f"{path} starts with {shown}: neither a .keras file (a zip) nor HDF5; give what Keras saved")
 
 
 def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
@@ -126,11 +99,11 @@ def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     found = [info for info in archive.infolist() if info.filename == name]
     if len(found) != 1:
         listed = ", ".join(info.filename for info in archive.infolist()[:8]) or "nothing"
-        raise LegacyError(f"it has {len(found)} members {name}, expected one; it holds {listed}")
+        raise ImportFileError(f"it has {len(found)} members {name}, expected one; it holds {listed}")
     with archive.open(found[0]) as member:
         data = member.read(limit + 1)
     if len(data) > limit:
-        raise LegacyError(f"its {name} has more than {limit:,} bytes, which no ResNet-50 needs")
+        raise ImportFileError(f"its {name} has more than {limit:,} bytes, which no ResNet-50 needs")
     return data
 
 
@@ -142,7 +115,7 @@ def _version(archive: zipfile.ZipFile) -> str:
 
 def _read_h5(
     path: Path, file: io.IOBase, config: Any, version: str, network: nn.Module, replaced: Collection[str]
-) -> KerasFile:
+) -> ImportedFile:
     notes: list[str] = []
     with h5py.File(file, "r") as root:
         if config is None and "model_config" in root.attrs:
@@ -164,10 +137,11 @@ def _read_h5(
             notes.append(f"left out, the state of random generators: {', '.join(generators)}")
         if any(name in root for name in ("optimizer", "optimizer_weights")):
             notes.append("left out: the optimizer's state")
-    notes.append("which class is which output is not said: the order is the decision's")
+    notes.append("which class is which output is not said: the order is that of the archive's classes")
     if version:
         notes.append(f"written by Keras {version}")
-    return KerasFile(weights, file_digest(path), graph.stages if graph else (), tuple(notes))
+    stages = graph.stages if graph else ()
+    return ImportedFile("keras", file_digest(path), weights, stages=stages, notes=tuple(notes))
 
 
 def _by_variable(top: h5py.Group) -> Iterator[_Stored]:
@@ -189,7 +163,7 @@ def _names(group: h5py.Group, attribute: str) -> list[str]:
         numbered = (f"{attribute}{i}" for i in itertools.count())
         parts = list(itertools.takewhile(group.attrs.__contains__, numbered))
     if not parts:
-        raise LegacyError(f"its group {group.name} has no {attribute}")
+        raise ImportFileError(f"its group {group.name} has no {attribute}")
     return [_text(name) for part in parts for name in group.attrs[part]]
 
 
@@ -199,19 +173,19 @@ def _by_number(root: h5py.File, config: Any) -> Iterator[_Stored]:
     # Keras 2.13 has another word for "layers".
     word = next((name for name in ("layers", _OLD_WORD) if name in root), None)
     if word is None:
-        raise LegacyError(
+        raise ImportFileError(
             f"it holds {', '.join(root) or 'nothing'}, expected a Functional or Sequential model's layers"
         )
     configured = {} if config is None else {path: layer.name for path, layer in groups(config)}
     for path, variables in _numbered(_group(root, word), "layers", [0]):
         name = _text(variables.attrs["name"]) if "name" in variables.attrs else configured.get(path)
         if name is None:
-            raise LegacyError(
+            raise ImportFileError(
                 f"its group {path} does not say which layer it is, as in weights of early Keras 3; give the .keras or .h5 file "
                 "of the whole model, which does"
             )
         if config is not None and configured.get(path) != name:
-            raise LegacyError(f"its group {path} is '{name}', by config.json {configured.get(path)!r}")
+            raise ImportFileError(f"its group {path} is '{name}', by config.json {configured.get(path)!r}")
         yield _Stored(name, {number: _dataset(variables, number) for number in sorted(variables, key=int)})
 
 
@@ -222,14 +196,14 @@ def _numbered(group: h5py.Group, path: str, seen: list[int]) -> Iterator[tuple[s
         for name in inner:
             seen[0] += 1
             if seen[0] > _MAX_GROUPS:
-                raise LegacyError(f"it has more than {_MAX_GROUPS:,} groups; ResNet-50 has some hundreds")
+                raise ImportFileError(f"it has more than {_MAX_GROUPS:,} groups; ResNet-50 has some hundreds")
             if name in ("layers", _OLD_WORD):
                 yield from _numbered(_group(inner, name), f"{path}/{child}/layers", seen)
             elif name == "vars":
                 if len(variables := _group(inner, name)):
                     yield f"{path}/{child}", variables
             elif name not in ("seed_generator", "generator", "random_generator"):
-                raise LegacyError(f"its group {path}/{child} holds '{name}', expected the variables of a layer")
+                raise ImportFileError(f"its group {path}/{child} holds '{name}', expected the variables of a layer")
 
 
 def _order(name: str) -> tuple[str, int]:
@@ -246,7 +220,7 @@ def _state_dict(
     stored = [s for s in stored if s.name not in generators]
     heads = list(dense or [s.name for s in stored if next(iter(s.variables.values())).ndim == 2])
     if len(heads) != 2:
-        raise LegacyError(
+        raise ImportFileError(
             f"it has {len(heads)} dense layers ({', '.join(heads) or 'none'}), expected 2 behind ResNet50"
         )
     ours = {heads[0]: "dense", heads[1]: "predictions"}
@@ -281,7 +255,7 @@ def _state_dict(
             for k, v in problems.items()
             if v
         )
-        raise LegacyError(f"its weights do not fit the network: {listed}")
+        raise ImportFileError(f"its weights do not fit the network: {listed}")
     return weights, generators
 
 
@@ -298,14 +272,14 @@ def _read_weight(dataset: h5py.Dataset, shape: torch.Size) -> torch.Tensor | Non
 def _group(parent: h5py.Group, path: str) -> h5py.Group:
     found = _inside(parent, path)
     if not isinstance(found, h5py.Group):
-        raise LegacyError(f"its {parent.name}/{path} is no group")
+        raise ImportFileError(f"its {parent.name}/{path} is no group")
     return found
 
 
 def _dataset(parent: h5py.Group, path: str) -> h5py.Dataset:
     found = _inside(parent, path)
     if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
-        raise LegacyError(f"its {parent.name}/{path} is no array that lies in the file itself")
+        raise ImportFileError(f"its {parent.name}/{path} is no array that lies in the file itself")
     return found
 
 
@@ -314,7 +288,7 @@ def _inside(parent: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
     for name in path.split("/"):
         link = parent.get(name, getlink=True) if isinstance(parent, h5py.Group) else None
         if not isinstance(link, h5py.HardLink):
-            raise LegacyError(f"its {path} is {'missing' if link is None else f'a {type(link).__name__}'}")
+            raise ImportFileError(f"its {path} is {'missing' if link is None else f'a {type(link).__name__}'}")
         parent = parent[name]
     return parent
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from skewless.importers.pytorch import LegacyError
+from skewless.importers.errors import ImportFileError
 
 # Layers that hand their input on unchanged outside training. RandomCrop is none: it then crops the centre.
 ONLY_IN_TRAINING = frozenset(
@@ -57,20 +57,20 @@ def read_graph(model: Mapping[str, Any], network: nn.Module, replaced: Collectio
     """Hold a model's configuration against a KerasResNet50.
 
     replaced: names of layers before the network of which the caller knows that the pipeline does their work.
-    Raises LegacyError naming the layers that are something else than the network has, or that no stage can stand for.
+    Raises ImportFileError naming the layers that are something else than the network has, or that no stage can stand for.
     """
     try:
         return _read(model, network, replaced)
-    except LegacyError:
+    except ImportFileError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, ZeroDivisionError) as error:
-        raise LegacyError(f"the model's configuration is not one that Keras writes: {error!r}") from error
+        raise ImportFileError(f"the model's configuration is not one that Keras writes: {error!r}") from error
 
 
 def layers(model: Mapping[str, Any]) -> list[Layer]:
     """A model's own layers and operations, in the order in which they are computed."""
     if model["class_name"] not in MODELS or not isinstance(model["config"], Mapping):
-        raise LegacyError(
+        raise ImportFileError(
             f"the model is a {model['class_name']}, expected a Functional or Sequential one: only these say what they "
             "compute; build the same layers as one of them in Keras and save that"
         )
@@ -106,7 +106,7 @@ def _called_with(entry: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Any, 
     if entry["class_name"] == "InputLayer":
         return (), ()
     if len(nodes) != 1:
-        raise LegacyError(f"layer '{name}' is used {len(nodes)} times, expected once")
+        raise ImportFileError(f"layer '{name}' is used {len(nodes)} times, expected once")
     inputs: list[str] = []
     if isinstance(nodes[0], Mapping):
         constants = tuple(_without_inputs(value, inputs) for value in nodes[0]["args"])
@@ -115,7 +115,7 @@ def _called_with(entry: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Any, 
         tensors = [nodes[0]] if isinstance(nodes[0][0], str) else nodes[0]
         inputs, constants = [tensor[0] for tensor in tensors], (None, tensors[0][3])
     if not inputs:
-        raise LegacyError(f"layer '{name}' gets its input by keyword, expected by position")
+        raise ImportFileError(f"layer '{name}' gets its input by keyword, expected by position")
     return tuple(inputs), constants
 
 
@@ -134,21 +134,23 @@ def _read(model: Mapping[str, Any], network: nn.Module, replaced: Collection[str
     front = _Front(replaced)
     image, arrived = front.through(model, tuple((channel, 1.0, 0.0) for channel in range(3)))
     if not arrived:
-        raise LegacyError(f"the model has no layer '{_FIRST}': it is no keras.applications.ResNet50 with a head")
+        raise ImportFileError(f"the model has no layer '{_FIRST}': it is no keras.applications.ResNet50 with a head")
     if unused := sorted(set(replaced) - front.seen):
-        raise LegacyError(f"there is no layer {', '.join(unused)} before the network that a pipeline could replace")
+        raise ImportFileError(f"there is no layer {', '.join(unused)} before the network that a pipeline could replace")
     everything = list(_walk(model))
     behind = [layer for layer in everything if layer.name not in front.seen and layer.kind not in ONLY_IN_TRAINING]
     dense = [layer.name for layer in behind if layer.kind == "Dense"]
     pools = [layer.name for layer in behind if layer.kind == "GlobalAveragePooling2D"]
     if len(dense) != 2 or len(pools) != 1:
-        raise LegacyError(
+        raise ImportFileError(
             f"the model has {len(dense)} dense layers and {len(pools)} global average poolings, expected 2 and 1 behind "
             "ResNet50; another head is another network"
         )
     wrong = [text for layer in behind if (text := _difference(layer, network, dense))]
     if wrong:
-        raise LegacyError("the model computes something else than the network:\n" + "\n".join(f"  {w}" for w in wrong))
+        raise ImportFileError(
+            "the model computes something else than the network:\n" + "\n".join(f"  {w}" for w in wrong)
+        )
     return Graph((dense[0], dense[1]), (*front.stages, *_as_stages(image)), _notes(everything, replaced))
 
 
@@ -249,7 +251,7 @@ class _Front:
                 return picked
         if (result := self._arithmetic(layer, given)) is not None:
             return result
-        raise LegacyError(
+        raise ImportFileError(
             f"{layer.kind} '{layer.name}' stands before the network, is not run here, and no stage can stand for it; if the "
             "pipeline does what it computes, name it as replaced"
         )
@@ -277,7 +279,7 @@ class _Front:
         config = layer.config
         extras = [k for k in ("crop_to_aspect_ratio", "pad_to_aspect_ratio", "antialias") if config.get(k)]
         if extras or config["interpolation"] != "bilinear":
-            raise LegacyError(
+            raise ImportFileError(
                 f"Resizing '{layer.name}' has interpolation {config['interpolation']!r} and {', '.join(extras) or 'no option'}; "
                 "the stage resize does bilinear without options"
             )
@@ -308,7 +310,7 @@ def _slice(item: Any) -> tuple[Any, Any, Any] | None:
 def _affine(image: Image, operation: str, constant: Any) -> Image:
     numbers = np.asarray(constant, dtype=np.float64)
     if numbers.size != 1 and not numbers.size == numbers.shape[-1] == len(image):
-        raise LegacyError(f"a constant of shape {numbers.shape} meets an image of {len(image)} channels")
+        raise ImportFileError(f"a constant of shape {numbers.shape} meets an image of {len(image)} channels")
     values = np.broadcast_to(numbers.reshape(-1), len(image)).tolist()
     result = []
     for (source, scale, offset), value in zip(image, values, strict=True):
@@ -327,7 +329,7 @@ def _as_stages(image: Image) -> tuple[dict[str, dict[str, Any]], ...]:
     if sources == [2, 1, 0] and scales == [1.0, 1.0, 1.0]:
         return ({"caffe_preprocess": {"mean_bgr": [_digits(-offset) for offset in offsets]}},)
     if sources != [0, 1, 2] or min(scales) <= 0:
-        raise LegacyError(
+        raise ImportFileError(
             f"the model puts its input's channels in the order {sources}, with scales {scales} and offsets {offsets}: there "
             "is no stage for that"
         )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,30 @@ from torch import nn
 
 from skewless import __version__, resources
 from skewless.core.definition import MODEL, PIPELINE, REQUIREMENTS, Definition
+from skewless.core.files import atomic
 from skewless.core.request import Request
 from skewless.core.selftest import SelfTestError, record
 from skewless.core.selftest.record import ENTRIES, REFERENCES
 from skewless.core.service import METRICS, ModelService
 from skewless.core.versions import library_versions
 from skewless.errors import BuildError
-from skewless.evaluation.evaluate import MIN_REFERENCE_SPREAD
+from skewless.evaluation.scores import service_of
 from skewless.packaging.execution import Execution
-from skewless.packaging.probes import probes
+from skewless.packaging.references import Choice, check_evaluated, stage_references
 from skewless.training.checkpoint import file_digest, load_checkpoint, network_of, trained
+from skewless.training.untrained import UntrainedError, require_trained
 
 VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
 
 TORCHSERVE = "model-config.yaml"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built archive, and what whoever built it should know: plain sentences, for a terminal."""
+
+    path: Path
+    warnings: tuple[str, ...]
 
 
 def build_archive(
@@ -45,16 +56,20 @@ def build_archive(
     *,
     force: bool = False,
     execution: Execution | None = None,
-) -> Path:
-    """Write `out/NAME-VERSION.mar` and return its path. The same inputs give the same bytes.
+    references: Choice = "evaluation",
+    accept_untrained: Collection[str] = (),
+) -> Built:
+    """Write `out/NAME-VERSION.mar`. The same inputs give the same bytes.
 
     archive: a definition (pipeline.yaml, model.yaml, and TorchServe's model-config.yaml); its folder's name is the model's.
     evaluation: what `skewless evaluate` wrote for this checkpoint.
     execution: the runtime, when not the one that model.yaml names.
+    references: the recordings that travel in the archive, as skewless.packaging.references.Choice describes.
+    accept_untrained: layers that look untrained and are rightly so, beside those that the checkpoint records.
     Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
-    another pipeline, weights that do not fit, an evaluation of another checkpoint, references that are not reproduced
-    within the tier's tolerance or that barely vary, a reduced precision whose AUC is another, or a different archive
-    already there (unless `force`).
+    another pipeline, weights that do not fit, an evaluation of another checkpoint or one that did not reproduce its training,
+    references that are not reproduced within the tier's tolerance or that barely vary, a reduced precision whose AUC is
+    another, or a different archive already there (unless `force`).
     """
     if not VERSION.fullmatch(version):
         raise BuildError(f"version is {version!r}, expected digits and letters joined by dots, such as 1.0")
@@ -75,7 +90,10 @@ def build_archive(
         )
     if "classes" not in measured:
         raise BuildError(f"{evaluation} was written by another version of `skewless evaluate`; run it again")
-    _check_trained(network, measured)
+    recorded = checkpoint.get("accepted_untrained", [])
+    _check_reproduced(checkpoint, measured, evaluation)
+    check_evaluated(evaluation)
+    _check_trained(network, measured, accept_untrained, recorded)
     metrics = {
         "model_name": name,
         "model_version": version,
@@ -90,15 +108,17 @@ def build_archive(
         "skewless_version": __version__,
         "git_commit": _git_commit(),
         "library_versions": library_versions(definition.packages),
+        "accepted_untrained": sorted({*recorded, *accept_untrained}),
         "runtime": execution.metadata(),
         "evaluation": measured,
     }
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch, "staged")
-        _copy_code(staged)
+        copy_code(staged)
         _copy_definition(definition, staged)
-        shutil.copytree(evaluation / REFERENCES, staged / REFERENCES)
+        service = service_of(definition, checkpoint, torch.device("cpu"))
+        metrics["references"], warnings = stage_references(references, evaluation, measured["split"], staged, service)
         weights = [*execution.write(network, pipeline, staged), *(staged / file for file in network.files)]
         metrics["weights_sha256"] = {path.relative_to(staged).as_posix(): file_digest(path) for path in weights}
         _write_metrics(metrics, staged)
@@ -108,19 +128,17 @@ def build_archive(
             _write_metrics(metrics, staged)
         _run_self_test(staged)
         unpacked = _archive_directory(staged, weights[0], name, version, Path(scratch))
-        target = out / f"{name}-{version}.mar"
-        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
         packed = Path(scratch, "packed")
         _zip_reproducibly(unpacked, packed)
-        shutil.move(packed, unfinished)
-    if target.exists() and not force and target.read_bytes() != unfinished.read_bytes():
-        unfinished.unlink()
-        raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
-    unfinished.replace(target)
-    return target
+        target = out / f"{name}-{version}.mar"
+        if target.exists() and not force and target.read_bytes() != packed.read_bytes():
+            raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
+        with atomic(target) as unfinished:
+            shutil.move(packed, unfinished)
+    return Built(target, tuple(warnings))
 
 
-def _copy_code(staged: Path) -> None:
+def copy_code(staged: Path) -> None:
     """The handler, and of this package what ships: `skewless.core`."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(resources.HANDLER, staged / "handler", ignore=ignored)
@@ -145,9 +163,10 @@ def _copy_definition(definition: Definition, staged: Path) -> None:
 
 
 def _check_servable(definition: Definition) -> None:
-    taken = {"handler", "skewless", REFERENCES, "MAR-INF"}
-    if clash := [file for file in definition.code if Path(file).parts[0].removesuffix(".py") in taken]:
-        raise BuildError(f"{clash[0]} would take the place of the archive's own code; give the file another name")
+    # In the archive they lie beside `handler` and `skewless`, first on the worker's Python path.
+    hiding = [file for file in definition.code if _is_taken(Path(file).parts[0].removesuffix(".py"))]
+    if hiding:
+        raise BuildError(f"in an archive {hiding[0]} would hide a package of the same name; give the file another name")
     imitating = [stage.name for stage in definition.pipeline.stages.values() if stage.comparison_only]
     if imitating:
         raise BuildError(
@@ -156,32 +175,18 @@ def _check_servable(definition: Definition) -> None:
         )
 
 
+def _is_taken(name: str) -> bool:
+    return name in ("handler", "entry", REFERENCES) or importlib.util.find_spec(name) is not None
+
+
 def _write_metrics(metrics: dict[str, Any], folder: Path) -> None:
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def _run_self_test(staged: Path) -> None:
     """Record every stage for the references and the probes, and load the archive as a worker will."""
-    references = staged / REFERENCES
-    entries = json.loads((references / ENTRIES).read_text(encoding="utf-8"))
-    for entry in entries:
-        if file_digest(references / entry["file"]) != entry["sha256"]:
-            raise BuildError(f"reference {entry['file']} is not the file that was evaluated ({entry['source']})")
-    if len(entries) < 2:
-        raise BuildError(f"the evaluation kept {len(entries)} references, expected at least 2; evaluate again")
-    # One column per score; the one that moves most.
-    columns = zip(*(entry["scores"] for entry in entries), strict=True)
-    low, high = max(((min(c), max(c)) for c in columns), key=lambda ends: ends[1] - ends[0])
-    if not high - low >= MIN_REFERENCE_SPREAD:
-        raise BuildError(
-            f"the references' probabilities span only {high - low:.4f} (from {low:.4f} to {high:.4f}, "
-            f"expected at least {MIN_REFERENCE_SPREAD}): the network looks untrained; is this the trained checkpoint?"
-        )
     device = torch.device("cpu")
     untested = ModelService.load(staged, device, replay=False)
-    (references / "probes").mkdir()
-    for name, payload in probes(untested.pipeline.reads).items():
-        (references / "probes" / name).write_bytes(payload)
     record(untested.definition, untested.runtime)
     try:
         service = ModelService.load(staged, device)
@@ -190,24 +195,29 @@ def _run_self_test(staged: Path) -> None:
             f"the references are not reproduced, so weights, libraries or code are not the evaluation's: {error}"
         ) from error
     # The limits and the answer's fields are no part of the self-test.
-    for entry in entries:
+    references = staged / REFERENCES
+    for entry in json.loads((references / ENTRIES).read_text(encoding="utf-8")):
         (answer,) = service.predict([Request((references / entry["file"]).read_bytes())])
         if answer.status != 200:
             raise BuildError(f"the archive refuses its own reference {entry['file']}: {answer.body['message']}")
 
 
-def _check_trained(network: nn.Module, measured: dict[str, Any]) -> None:
-    # Keras and others draw a layer's weights at random and its bias as 0; the first optimizer step moves every bias.
-    fresh = [
-        name
-        for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear) and layer.bias is not None and not layer.bias.any()
-    ]
-    if fresh:
+def _check_reproduced(checkpoint: dict[str, Any], measured: dict[str, Any], evaluation: Path) -> None:
+    """A checkpoint of ours has to have had its training reproduced. Of an imported one there is nothing to reproduce."""
+    if checkpoint["validation_scores"] and not (measured.get("training_reproduced") or {}).get("recordings"):
         raise BuildError(
-            f"layer '{fresh[0]}' has a bias of exactly 0 throughout, as before the first step of training: its weights look "
-            "random, however good those of the other layers are; package the weights that training ended with"
+            f"{evaluation} reproduced none of the scores that training computed; run `skewless evaluate` with a manifest whose "
+            "val split has recordings that training validated on"
         )
+
+
+def _check_trained(
+    network: nn.Module, measured: dict[str, Any], accepted: Collection[str], recorded: list[str]
+) -> None:
+    try:
+        require_trained(network, accepted, recorded)
+    except UntrainedError as error:
+        raise BuildError(str(error)) from error
     if not measured["auc"] > 0.5:
         raise BuildError(
             f"the evaluation's AUC is {measured['auc']:.3f}, no better than guessing (0.5): the network looks untrained, or "

@@ -21,7 +21,7 @@ from skewless.core.service import ModelService
 from skewless.core.stages import InputError
 from skewless.core.versions import library_versions
 from skewless.errors import BuildError
-from skewless.evaluation.evaluate import Prediction, predict, score_columns
+from skewless.evaluation.scores import Prediction, predict, score_columns
 from skewless.packaging.probes import network_inputs
 from skewless.training.manifest import Recording, manifest_digest
 

@@ -94,8 +94,8 @@ figure img{display:block;max-width:100%;height:auto}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:22px;align-items:start}
 details summary{cursor:pointer;font-weight:600}
 code{font-size:.88em;overflow-wrap:anywhere}
-dl.facts{display:grid;grid-template-columns:minmax(110px,max-content) 1fr;gap:4px 16px;font-size:.92rem}
-dl.facts dt{color:var(--muted)}dl.facts dd{margin:0}
+dl.metadata{display:grid;grid-template-columns:minmax(110px,max-content) 1fr;gap:4px 16px;font-size:.92rem}
+dl.metadata dt{color:var(--muted)}dl.metadata dd{margin:0}
 """
 
 
@@ -276,7 +276,7 @@ def _recording_table(recordings: Iterable[dict[str, Any]], caption: str) -> str:
         )
         for r in recordings
     ]
-    head = ["Recording", "Label", "Postprocessor", "Reference", "Candidate", "Change"]
+    head = ["Recording", "Label", "Decision", "Reference", "Candidate", "Change"]
     return _table(head, rows, numeric=3, caption=caption)
 
 
@@ -298,7 +298,9 @@ def _example(report: dict[str, Any], example: Example, rank: int) -> str:
     label = f"labelled {escape(entry['label'])}; " if entry["label"] else ""
     steps = [(change, report["edits"][k]["edit"]) for k, change in enumerate(entry["in_order"]) if change]
     most = max(steps, key=lambda step: abs(step[0]), default=None)
-    cause = f"; most of it from “{escape(most[1])}” ({probability(most[0], sign=True)})" if len(steps) > 1 else ""
+    cause = (
+        f"; most of it from “{escape(most[1])}” ({probability(most[0], sign=True)})" if most and len(steps) > 1 else ""
+    )
     parts = [
         f'<article aria-labelledby="worst-{rank}"><h3 id="worst-{rank}">{rank}. {escape(entry["name"])} {badge}</h3>'
         f"<p>{label}probability <b class=reference>{p['reference']:.4f}</b> → <b class=candidate>{p['candidate']:.4f}</b> "
@@ -333,7 +335,7 @@ def _recordings(report: dict[str, Any]) -> str:
 
 def _provenance(report: dict[str, Any]) -> str:
     checkpoint = report["checkpoint"]
-    facts = {
+    metadata = {
         "Reference": f"{report['reference']['file']}, fingerprint {report['reference']['fingerprint'][:16]}",
         "Candidate": f"{report['candidate']['file']}, fingerprint {report['candidate']['fingerprint'][:16]}",
         "Checkpoint": f"{checkpoint['file']}, epoch {checkpoint['epoch']}, SHA-256 {checkpoint['sha256'][:16]}",
@@ -343,9 +345,9 @@ def _provenance(report: dict[str, Any]) -> str:
         "Device": report["precision"]["device"],
         "Versions": ", ".join(f"{name} {version}" for name, version in report["library_versions"].items()),
     }
-    listed = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    listed = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in metadata.items())
     return (
         '<section aria-labelledby="from"><h2 id="from">How it was measured</h2>'
-        f'<dl class="facts">{listed}</dl><p class="note">Every pipeline ran on the same bytes with the same weights, so a '
+        f'<dl class="metadata">{listed}</dl><p class="note">Every pipeline ran on the same bytes with the same weights, so a '
         "difference here is a difference of preprocessing. All numbers are in skew.json beside this page.</p></section>"
     )

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from skewless.core.stages import STAGES, Signal
+from skewless.skew.measure import Output
 
 # Name: (in light, in dark). Figures are drawn in the light colours, which the SVG then turns into CSS variables.
 PALETTE = {
@@ -28,7 +28,7 @@ PALETTE = {
     "flip": ("#b3261f", "#ff7d74"),
 }
 _LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "skew",
     "font.size": 10,
@@ -61,11 +61,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Example:
-    """One recording to show: its entry in the report, and every signal in both pipelines, by stage."""
+    """One recording to show: its entry in the report, and every stage's output in both pipelines, in order."""
 
     entry: dict[str, Any]
-    reference: Mapping[str, Signal]
-    candidate: Mapping[str, Signal]
+    reference: Mapping[str, Output]
+    candidate: Mapping[str, Output]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -163,19 +163,19 @@ def _flipped(entry: dict[str, Any]) -> bool:
 
 def waveform(example: Example) -> Picture | None:
     """The last waveform before segmentation in both pipelines, as envelopes; None where a pipeline has none."""
-    found = {"reference": _last_waveform(example.reference), "candidate": _last_waveform(example.candidate)}
-    if None in found.values():
+    reference, candidate = _last_waveform(example.reference), _last_waveform(example.candidate)
+    if reference is None or candidate is None:
         return None
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.4, 3.0))
         figure.patch.set_alpha(0.0)
         peaks = {}
         panels = figure.subplots(2, sharex=True, sharey=True)
-        for axes, (side, signal) in zip(panels, found.items(), strict=True):
-            samples = signal.data[0].numpy()
+        sides = (("reference", *reference), ("candidate", *candidate))
+        for axes, (side, samples, rate) in zip(panels, sides, strict=True):
             width = math.ceil(len(samples) / 1200)
             padded = np.pad(samples, (0, -len(samples) % width)).reshape(-1, width)
-            times = np.arange(len(padded)) * width / signal.rate
+            times = np.arange(len(padded)) * width / rate
             axes.fill_between(times, padded.min(axis=1), padded.max(axis=1), color=_LIGHT[side], linewidth=0.4)
             peaks[side] = float(np.abs(samples).max())
             axes.set(ylabel=f"{side}\n(full scale)", facecolor="none")
@@ -186,16 +186,14 @@ def waveform(example: Example) -> Picture | None:
         return _picture(figure, alt + f"{peaks['candidate']:.3f} in the candidate.")
 
 
-def _last_waveform(trace: Mapping[str, Signal]) -> Signal | None:
-    waves = (s for name, s in trace.items() if _unit(name) == "full scale" and "segment_times_s" not in s.metadata)
-    found = [s for s in waves if s.rate]
+def _last_waveform(trace: Mapping[str, Output]) -> tuple[np.ndarray, int] | None:
+    """The first channel `(N,)` of the last waveform before segmentation, and its sampling rate in Hz."""
+    found = [
+        (signal.data[0].numpy(), signal.rate)
+        for signal, unit in trace.values()
+        if unit == "full scale" and signal.rate and "segment_times_s" not in signal.metadata
+    ]
     return found[-1] if found else None
-
-
-def _unit(name: str) -> str:
-    """Of a stage's output, by its name in a pipeline."""
-    key = name if name in STAGES else name.rpartition("_")[0]
-    return STAGES[key].unit if key in STAGES else ""
 
 
 def timeline(example: Example, threshold: float) -> Picture | None:
@@ -210,7 +208,7 @@ def timeline(example: Example, threshold: float) -> Picture | None:
             segments = example.entry["segments"][side]
             middles = [(start + stop) / 2 for start, stop in segments["times_s"]]
             end = max([end] + [stop for _, stop in segments["times_s"]])
-            style = {"color": _LIGHT[side], "markersize": 5 if marker == "o" else 4}
+            style: dict[str, Any] = {"color": _LIGHT[side], "markersize": 5 if marker == "o" else 4}
             axes.plot(
                 middles, segments["probabilities"], f"{marker}-", linewidth=1.2, label=f"{side}, segments", **style
             )
@@ -243,23 +241,28 @@ class Images:
 
 
 def segment_images(example: Example) -> list[Images]:
-    """The last one-channel images `(S, H, W)`, or the first channel of what has no other: of the shared segment that differs most, and of the last segment that
-    only one side has. Empty where a pipeline has no such images."""
-    sides = [_last_images(example.reference), _last_images(example.candidate)]
-    if None in sides:
+    """What the network sees: of the shared segment that differs most, and of the last segment that only one side has.
+
+    From the last one-channel images `(S, H, W)` of each pipeline, or, where it has only images of several channels
+    `(S, C, H, W)`, the first channel of the last. Empty where a pipeline has neither.
+    """
+    reference, candidate = _last_images(example.reference), _last_images(example.candidate)
+    if reference is None or candidate is None:
         return []
-    (stage, a, times), (_, b, other_times) = sides
-    unit = _unit(stage)
+    stage, unit, a, times = reference
+    _, _, b, other_times = candidate
     shared, height, width = (min(m, n) for m, n in zip(a.shape, b.shape, strict=True))
     delta = b[:shared, :height, :width] - a[:shared, :height, :width]
     chosen = int(np.abs(delta).mean(axis=(1, 2)).argmax())
     both = [a[chosen], b[chosen]]
     limits = min(float(x.min()) for x in both), max(float(x.max()) for x in both)
     name = _segment_name(chosen, times)
-    rank = "the shared one that differs most" if delta.any() else "the same in both, as every shared one"
+    rank = ", the shared one that differs most" if delta.any() else ", the same in both, as every shared one"
+    if shared == 1:
+        rank = "" if delta.any() else ", the same in both"
     found = [
         Images(
-            f"{name}, {rank} (output of '{stage}')",
+            f"{name}{rank} (output of '{stage}')",
             _image(both[0], times[chosen], "magma", limits, unit, f"Reference, {name}"),
             _image(both[1], times[chosen], "magma", limits, unit, f"Candidate, {name}"),
             _difference_image(delta[chosen], times[chosen], unit, name),
@@ -270,26 +273,31 @@ def segment_images(example: Example) -> list[Images]:
         name = _segment_name(len(images) - 1, all_times)
         drawn = _image(images[-1], all_times[-1], "magma", limits, unit, f"{side.capitalize()}, {name}")
         title = f"{name}, the last of {abs(len(a) - len(b))} that only the {side} has"
-        found.append(Images(title, *((drawn, None) if side == "reference" else (None, drawn)), None))
+        alone = (drawn, None) if side == "reference" else (None, drawn)
+        found.append(Images(title, alone[0], alone[1], None))
     return found
 
 
 def _segment_name(index: int, times: Sequence[tuple[float, float] | None]) -> str:
-    if times[index] is None:
+    window = times[index]
+    if window is None:
         return "The image"
-    start, stop = times[index]
+    start, stop = window
     return f"Segment {index + 1}, {start:g} to {stop:g} s"
 
 
-def _last_images(trace: Mapping[str, Signal]) -> tuple[str, np.ndarray, Sequence[tuple[float, float] | None]] | None:
-    found = [(key, signal) for key, signal in trace.items() if signal.data.ndim == 3]
-    found = found or [(key, signal) for key, signal in trace.items() if signal.data.ndim == 4]
+def _last_images(
+    trace: Mapping[str, Output],
+) -> tuple[str, str, np.ndarray, Sequence[tuple[float, float] | None]] | None:
+    """The stage, its unit, the images `(S, H, W)` and each one's start and end in seconds, or None for a picture's."""
+    found = [(key, output) for key, output in trace.items() if output.signal.data.ndim == 3]
+    found = found or [(key, output) for key, output in trace.items() if output.signal.data.ndim == 4]
     if not found:
         return None
-    key, signal = found[-1]
+    key, (signal, unit) = found[-1]
     images = signal.data.float().numpy()
     images = images if images.ndim == 3 else images[:, 0]
-    return key, images, signal.metadata.get("segment_times_s", [None] * len(images))
+    return key, unit, images, signal.metadata.get("segment_times_s", [None] * len(images))
 
 
 def _difference_image(delta: np.ndarray, times: tuple[float, float] | None, unit: str, name: str) -> Picture:
@@ -310,7 +318,7 @@ def _image(
 ) -> Picture:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(3.5, 3.9)
-        how = {"cmap": colours, "vmin": limits[0], "vmax": limits[1], "interpolation": "none"}
+        how: dict[str, Any] = {"cmap": colours, "vmin": limits[0], "vmax": limits[1], "interpolation": "none"}
         if times is None:
             shown = axes.imshow(values, **how)
             axes.set(xlabel="column (first channel)", ylabel="row")

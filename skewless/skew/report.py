@@ -86,7 +86,7 @@ def as_text(report: dict[str, Any]) -> str:
         sides = [(side, report["metrics"][side]) for side in ("reference", "candidate")]
         names = ("auc", "f1", "precision", "recall", "accuracy")
         parts.append(_columns(["", *names], [[side, *(f"{m[n]:.4f}" for n in names)] for side, m in sides]))
-    ranked = worst(report, 5)
+    ranked = most_changed(report, 5)
     if ranked and ranked[0]["change"]:
         rows = [
             [
@@ -105,7 +105,7 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def worst(report: dict[str, Any], count: int) -> list[dict[str, Any]]:
+def most_changed(report: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """The recordings whose probability changes most, largest first."""
     return sorted(report["recordings"], key=lambda r: -abs(r["change"]))[:count]
 

@@ -15,14 +15,15 @@ import psutil
 import torch
 
 from skewless.core.definition import Definition
+from skewless.core.files import atomic
 from skewless.errors import ServerError, UsageError
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import VERSION, build_archive
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
-from skewless.training.checkpoint import file_digest
-from skewless.training.fit import Config, fit
-from skewless.training.manifest import ManifestError, Recording, read_manifest
+from skewless.training.config import Config
+from skewless.training.fit import fit
+from skewless.training.manifest import ManifestError, Recording, check_contents, read_manifest
 
 STATUS = "status.json"
 
@@ -47,9 +48,8 @@ class Status:
         for name, value in changes.items():
             setattr(self, name, value)
         self.updated = time.time()
-        unfinished = out / f"{STATUS}.{os.getpid()}.tmp"
-        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(out / STATUS)
+        with atomic(out / STATUS) as unfinished:
+            unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def read_status(out: Path) -> Status:
@@ -97,19 +97,13 @@ def check_version(server: Server, name: str, version: str) -> None:
 def merged(sources: Sequence[tuple[Path, Path]], classes: Sequence[str]) -> list[Recording]:
     """The rows of several (manifest, root), each of which says its own splits or has them assigned.
 
-    Raises ManifestError for a recording, whatever its file is called, or a group that two of them have.
+    Raises ManifestError for a recording that two of them have, whatever its file is called, for a group that they have in
+    two splits, and for what `check_contents` refuses.
     """
     rows: list[Recording] = []
-    seen: dict[str, tuple[int, Recording]] = {}
     splits: dict[str, str] = {}
     for number, (manifest, root) in enumerate(sources, start=1):
         for row in read_manifest(manifest, root, classes):
-            source, same = seen.setdefault(file_digest(row.path), (number, row))
-            if source != number or (same.label, same.split) != (row.label, row.split):
-                elsewhere = (
-                    f"{same.file_path} of another manifest" if source != number else f"{same.file_path}, otherwise"
-                )
-                raise ManifestError(f"{manifest}: {row.file_path} is the same recording as {elsewhere}; list it once")
             if row.group and splits.setdefault(row.group, row.split) != row.split:
                 raise ManifestError(
                     f"{manifest}: group {row.group!r} is in split {row.split} here and in {splits[row.group]} elsewhere; give "
@@ -117,7 +111,19 @@ def merged(sources: Sequence[tuple[Path, Path]], classes: Sequence[str]) -> list
                 )
             # Two folders may use the same relative names.
             rows.append(replace(row, file_path=f"{number}/{row.file_path}"))
+    for first, *others in check_contents(rows).values():
+        for other in others:
+            if _source(first) != _source(other):
+                raise ManifestError(
+                    f"{first.path} of manifest {_source(first)} and {other.path} of manifest {_source(other)} are the same "
+                    "recording, byte for byte; list it in one of them"
+                )
     return rows
+
+
+def _source(row: Recording) -> str:
+    """The number of the manifest, from 1, that a merged row is from."""
+    return row.file_path.partition("/")[0]
 
 
 def retrain(
@@ -153,7 +159,7 @@ def retrain(
         built = build_archive(archive, best, out / "evaluation", version, server.model_store)
         try:
             status.write(out, progress=88, step="registering")
-            model = server.register(built, default=False)
+            model = server.register(built.path, default=False)
             status.write(out, progress=94, step="proving what is served")
             table = smoke_test(server, model["name"], version)
             failed = [row.path for row in table if not row.passed]
@@ -163,7 +169,7 @@ def retrain(
                 )
         except BaseException:
             # In the store it would be registered with all others when a container starts.
-            built.unlink(missing_ok=True)
+            built.path.unlink(missing_ok=True)
             if any((m["name"], m["version"]) == (archive.resolve().name, version) for m in server.models()):
                 server.unregister(archive.resolve().name, version)
             raise
@@ -171,7 +177,8 @@ def retrain(
             "model": model["name"],
             "version": version,
             "default": model["default"],
-            "archive": built.name,
+            "archive": built.path.name,
+            "warnings": list(built.warnings),
             "max_dp": max(row.max_dp for row in table),
             "metrics": {k: v for k, v in metrics.items() if k not in ("library_versions", "calibration")},
         }

@@ -25,6 +25,7 @@ import requests
 
 from skewless import resources
 from skewless.core import load_error
+from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
 
@@ -332,9 +333,8 @@ class Server:
     def _write(self) -> None:
         state = asdict(self) | {"model_store": str(self.model_store)}
         del state["state_dir"]
-        unfinished = self.state_dir / "state.tmp"
-        unfinished.write_text(json.dumps(state, indent=2) + "\n")
-        unfinished.replace(self.state_dir / "state.json")
+        with atomic(self.state_dir / "state.json") as unfinished:
+            unfinished.write_text(json.dumps(state, indent=2) + "\n")
 
 
 def session() -> requests.Session:

@@ -27,7 +27,7 @@ _CONCURRENCY = 8
 
 @dataclass(frozen=True)
 class References:
-    """What an archive promises: inputs, and the probabilities each must get."""
+    """What an archive promises: inputs, and the probabilities that each must get."""
 
     postprocessor: Postprocessor
     entries: list[dict[str, Any]]
@@ -37,9 +37,17 @@ class References:
 
     @classmethod
     def from_archive(cls, path: Path) -> References:
-        """Read them out of a .mar file. Post-processing of the archive's own is imported, as a worker imports it."""
+        """Read them out of a .mar file. Post-processing of the archive's own is imported, as a worker imports it.
+
+        Raises UsageError for an archive that carries none.
+        """
         with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
             entries = json.loads(archive.read("references/references.json"))
+            if not entries:
+                raise UsageError(
+                    f"{path.name} carries no references, so there is nothing to compare its answers with; rebuild it with "
+                    "--references synthetic"
+                )
             metrics = json.loads(archive.read("metrics.json"))
             for name in (MODEL, *metrics["code"]):
                 archive.extract(name, folder)

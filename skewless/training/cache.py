@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import sys
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from skewless.core import stages
+from skewless.core.files import atomic
 from skewless.core.pipeline import Pipeline
 from skewless.core.stages import InputError, Signal
 from skewless.core.versions import library_versions
 from skewless.training.manifest import Recording
+
+
+class Entry(NamedTuple):
+    """A recording and the file that keeps its costly stages' output."""
+
+    recording: Recording
+    path: Path
+
+    @property
+    def sha256(self) -> str:
+        """Of the recording's bytes: entries are named after it."""
+        return self.path.stem
 
 
 class UnreadableRecordings(ValueError):
@@ -30,12 +44,12 @@ class UnreadableRecordings(ValueError):
 
 
 def report_unreadable(failures: dict[str, str], skip: bool) -> None:
-    """Raise UnreadableRecordings when there are any; with `skip`, print its message instead."""
+    """Raise UnreadableRecordings when there are any; with `skip`, print its message to stderr instead."""
     if failures:
         problem = UnreadableRecordings(failures)
         if not skip:
             raise problem
-        print(f"skipping: {problem}")
+        print(f"skipping: {problem}", file=sys.stderr)
 
 
 class StageCache:
@@ -54,28 +68,26 @@ class StageCache:
         self._dir = Path(root) / _key(self._first)
         self._dir.mkdir(parents=True, exist_ok=True)
 
-    def prepare(
-        self, recordings: Iterable[Recording], *, skip_unreadable: bool = False
-    ) -> list[tuple[Recording, Path]]:
+    def prepare(self, recordings: Iterable[Recording], *, skip_unreadable: bool = False) -> list[Entry]:
         """Compute what is missing, with a progress bar; each readable input with its entry.
 
         Raises UnreadableRecordings listing every recording that cannot be read, unless `skip_unreadable`, which
-        prints the same list and leaves them out.
+        prints the same list to stderr and leaves them out.
         """
         entries, failures = [], {}
         for recording in tqdm(list(recordings), desc="preprocessing", unit="file"):
             try:
-                entries.append((recording, self._entry(recording.path.read_bytes())))
+                entries.append(Entry(recording, self._entry(recording.path.read_bytes())))
             except InputError as error:
                 failures[recording.file_path] = str(error)
         report_unreadable(failures, skip_unreadable)
         return entries
 
-    def fit(self, entries: Iterable[tuple[Recording, Path]]) -> None:
+    def fit(self, entries: Iterable[Entry]) -> None:
         """Fit the stages that take something from a training set, in order, to these entries."""
         if self._last is None or not self._last.unfitted:
             return
-        data = torch.cat([self.load(path) for _, path in entries])
+        data = torch.cat([self.load(entry.path) for entry in entries])
         for name, stage in self._last.stages.items():
             if not stage.fitted:
                 self._last = self._last.replace(**{name: stage.fit(data)})
@@ -85,7 +97,7 @@ class StageCache:
     def pipeline(self) -> Pipeline:
         """The whole pipeline, fitted where `fit` has been called."""
         last = [] if self._last is None else list(self._last.stages.values())
-        return Pipeline(self._first.name, list(self._first.stages.values()) + last)
+        return Pipeline(self._first.name, list(self._first.stages.values()) + last, self._first.code)
 
     def load(self, path: Path) -> torch.Tensor:
         """What is kept of one input, `(S, ...)`."""
@@ -100,10 +112,9 @@ class StageCache:
     def _entry(self, payload: bytes) -> Path:
         path = self._dir / f"{hashlib.sha256(payload).hexdigest()}.npy"
         if not path.exists():
-            unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-            with open(unfinished, "wb") as file:
+            # As an open file: to a name, NumPy adds its own suffix.
+            with atomic(path) as unfinished, open(unfinished, "wb") as file:
                 np.save(file, self._first(payload).numpy())
-            unfinished.replace(path)
         return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,15 @@ from typing import Any
 import torch
 
 from skewless.core.definition import Definition
+from skewless.core.files import atomic
 from skewless.core.networks import Network
 from skewless.core.pipeline import Pipeline, fingerprint_of
 
-_KEYS = ("epoch", "model_state_dict", "pipeline", "pipeline_fingerprint", "network", "postprocess", "code", "history")
+_KEYS = (
+    *("epoch", "model_state_dict", "pipeline", "pipeline_fingerprint", "network", "postprocess", "code", "history"),
+    # What evaluation has to reproduce; all three are empty in an imported checkpoint.
+    *("validation_scores", "stage_sources", "stage_outputs"),
+)
 
 
 class CheckpointError(ValueError):
@@ -23,9 +27,8 @@ class CheckpointError(ValueError):
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write tensors and plain Python values; an interrupted write leaves the previous file."""
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(checkpoint, unfinished)
-    unfinished.replace(path)
+    with atomic(path) as unfinished:
+        torch.save(checkpoint, unfinished)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -76,6 +79,12 @@ def trained(definition: Definition, checkpoint: dict[str, Any]) -> Definition:
         raise CheckpointError(
             f"{', '.join(sorted(changed))} is not the code that the checkpoint was trained with; put it back, or train again"
         )
+    for file in fitted.network_files:
+        if file_digest(fitted.folder / file) != checkpoint.get("imported_from", {}).get("sha256"):
+            raise CheckpointError(
+                f"{fitted.folder / file} is not the exported network that the checkpoint was imported from; put it back, or "
+                "import this one with `skewless import`"
+            )
     return fitted
 
 
@@ -85,6 +94,8 @@ def network_of(checkpoint: dict[str, Any], definition: Definition) -> Network:
     Raises CheckpointError listing missing, unexpected and misshapen keys.
     """
     network = definition.build_network()
+    if definition.network_files:
+        return network.eval()  # an exported network, which brings its weights
     weights, expected = checkpoint["model_state_dict"], network.state_dict()
     problems = {
         "missing": sorted(set(expected) - set(weights)),

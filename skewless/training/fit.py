@@ -2,120 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import ResNet18_Weights
 from tqdm import tqdm
 
 from skewless.core.definition import Definition
+from skewless.core.networks import NETWORKS, Network
+from skewless.core.own_code import OwnCode, file_of
 from skewless.core.postprocess import Postprocessor
-from skewless.core.stages import InputError
 from skewless.core.versions import library_versions
-from skewless.training.augment import augment
-from skewless.training.cache import StageCache
+from skewless.training.cache import Entry, StageCache
 from skewless.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from skewless.training.losses import Objective, objective_of
-from skewless.training.manifest import Recording, manifest_digest, require_every_class, select
-from skewless.training.offline_augmentation import copies
-
-Entry = tuple[Recording, Path]
-
-
-@dataclass(frozen=True)
-class Config:
-    """The recipe. Everything here is stored in the checkpoint; two runs with equal configs give equal weights on one
-    machine.
-
-    schedule: "cosine", down to 0 over all epochs; or "plateau", halved after `plateau_patience` epochs without a lower
-        validation loss. patience: epochs without a better validation AUC before training stops.
-    segment_loss: weight of a second loss on a recording's highest segment logit (max-pooling multiple-instance learning),
-        beside the one on its bag logit; without it nothing trains the segment head.
-    augmentation: of cached spectrograms (skewless.training.augment). copies: augmented copies of every training recording
-        (skewless.training.offline_augmentation), which go through the whole pipeline.
-    backbone_weights: "" (random), "imagenet" (torchvision downloads them) or a ResNet-18 state-dict file.
-    trained: "all", or "head": what follows `encode`; `encode` then keeps its weights, and every input's features are
-        computed once. Without backbone weights its batch statistics are first measured on the training set.
-    """
-
-    epochs: int = 20
-    batch_size: int = 8
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    patience: int = 5
-    schedule: Literal["cosine", "plateau"] = "cosine"
-    plateau_patience: int = 5
-    seed: int = 42
-    segment_loss: float = 0.5
-    augmentation: bool = True
-    copies: int = 0
-    backbone_weights: str = ""
-    trained: Literal["all", "head"] = "all"
-
-    def __post_init__(self):
-        if self.segment_loss < 0 or self.copies < 0:
-            raise ValueError(f"segment_loss {self.segment_loss}, copies {self.copies}: expected 0 or more")
-        if not (self.learning_rate > 0 and self.weight_decay >= 0):
-            raise ValueError(
-                f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay}: expected above 0, and 0 or more"
-            )
-        if self.trained == "head" and self.augmentation:
-            raise ValueError(
-                "features are computed once, so nothing can be augmented: trained: head needs augmentation: false"
-            )
-        if self.epochs < 1 or self.batch_size < 2 or min(self.patience, self.plateau_patience) < 1:
-            raise ValueError(
-                f"epochs {self.epochs}, batch_size {self.batch_size}, patience {self.patience}, plateau_patience "
-                f"{self.plateau_patience}: expected at least 1, 2, 1 and 1"
-            )
-        for name, choices in (("schedule", ("cosine", "plateau")), ("trained", ("all", "head"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(choices)}")
-
-    def rate(self, history: list[dict[str, float]]) -> float:
-        """The learning rate of the epoch that follows `history`: a function of it alone, so that an interrupted run
-        goes on as it would have.
-
-        Cosine: I. Loshchilov, F. Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017, equation 5.
-        """
-        if self.schedule == "cosine":
-            return 0.5 * self.learning_rate * (1 + math.cos(math.pi * len(history) / self.epochs))
-        lowest, since, halvings = math.inf, 0, 0
-        for epoch in history:
-            since = 0 if epoch["val_loss"] < lowest else since + 1
-            lowest = min(lowest, epoch["val_loss"])
-            if since == self.plateau_patience:
-                since, halvings = 0, halvings + 1
-        return self.learning_rate * 0.5**halvings
-
-
-def config_of(settings: Mapping[str, Any]) -> Config:
-    """The Config with these settings and the defaults; raises ValueError for one that it does not have."""
-    known = [f.name for f in fields(Config)]
-    unknown = sorted(str(name) for name in settings if name not in known)
-    if unknown:
-        raise ValueError(f"unknown training setting {', '.join(unknown)}; there are: {', '.join(known)}")
-    for name, value in settings.items():
-        kind = type(getattr(Config, name))
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            # YAML reads 1e-3, without a point, as text.
-            raise ValueError(
-                f"training setting {name} is {value!r}, expected {kind.__name__} (such as {getattr(Config, name)!r})"
-            )
-    return Config(**settings)
+from skewless.training.config import Config
+from skewless.training.inputs import Inputs, measure_batch_statistics
+from skewless.training.losses import LOSSES, Batch, Loss
+from skewless.training.manifest import Recording, check_contents, manifest_digest, require_every_class, select
+from skewless.training.offline_augmentation import augmented_recordings
+from skewless.training.record import stage_outputs, stage_sources
+from skewless.training.untrained import untrained_layers
 
 
 def fit(
@@ -132,31 +47,24 @@ def fit(
     """Train on the `train` split, choose the epoch by the `val` split; returns the best checkpoint.
 
     definition: what is trained; the checkpoint keeps its pipeline, with what stages take from the training set, such as a
-        scaler's statistics, its network, its post-processing and the digests of its own code.
+        scaler's statistics, its network, its post-processing and the digests of its own code. It also keeps what evaluation
+        has to reproduce: every validation recording's scores, and what skewless.training.proof records of the stages.
     out: receives best.pth and last.pth; a run found there is continued if its config, pipeline, network and manifest
         are the same, and refused otherwise. Raises ManifestError, UnreadableRecordings, CheckpointError, ValueError.
     on_epoch: called after every epoch with its figures.
     """
+    check_contents(recordings)
     definition.precision.apply()
-    pipeline, postprocessor = definition.pipeline, definition.postprocessor
-    train_rows, val_rows = (select(recordings, split, postprocessor.classes) for split in ("train", "val"))
-    cache = StageCache(cache_dir, pipeline)
-    if config.augmentation and cache.unit != "image value":
-        raise ValueError(
-            f"augmentation is of scaled spectrograms, pipeline '{pipeline.name}' gives values in {cache.unit}; "
-            "train without (--no-augmentation, or augmentation: false)"
-        )
-    if config.copies and pipeline.reads != "audio":
-        raise ValueError(f"copies are of recordings, pipeline '{pipeline.name}' reads {pipeline.reads}s: copies: 0")
-    if config.copies:
-        train_rows = train_rows + _copies_of(train_rows, config, cache_dir / "copies")
-    train = cache.prepare(train_rows, skip_unreadable=skip_unreadable)
-    val = cache.prepare(val_rows, skip_unreadable=skip_unreadable)
-    for entries in (train, val):
-        require_every_class([recording for recording, _ in entries], "what could be read", postprocessor.classes)
+    postprocessor = definition.postprocessor
+    cache = StageCache(cache_dir, definition.pipeline)
+    _check_config(config, definition, cache)
+    loss_definition, loss = _loss_of(config, definition)
+    train, val = _prepare(recordings, config, cache, postprocessor.classes, cache_dir / "augmented", skip_unreadable)
     cache.fit(train)
     run = {
-        "config": asdict(config),
+        "config": asdict(config) | {"loss": loss_definition},
+        # Of a loss of the folder's own. It is no part of what is served.
+        "training_code": OwnCode(definition.folder).digests({file_of(name) for name in loss_definition} - {None}),
         "pipeline": cache.pipeline.to_dict(),
         "pipeline_fingerprint": cache.pipeline.fingerprint,
         "network": definition.network,
@@ -166,68 +74,73 @@ def fit(
     }
     out.mkdir(parents=True, exist_ok=True)
     last = _resume(out / "last.pth", run)
+    computed_by = {
+        "library_versions": library_versions(definition.packages),
+        "stage_sources": stage_sources(definition),
+        "stage_outputs": stage_outputs(cache.pipeline, val),
+    }
 
     torch.manual_seed(config.seed)
     network = definition.build_network()
-    if network.files:
-        raise ValueError(
-            f"an exported network ({', '.join(network.files)}) cannot be trained; `skewless import` takes it as it is"
-        )
     if config.backbone_weights:
         _load_backbone(network, config.backbone_weights)
     network.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    labels = torch.tensor([r.label for r, _ in train])
+    labels = torch.tensor([entry.recording.label for entry in train])
     counts = torch.bincount(labels, minlength=len(postprocessor.classes)).float().to(device)
-    objective = objective_of(network, counts, config.segment_loss, frozen=config.trained == "head")
     history: list[dict[str, float]] = []
     if last is not None:
         network.load_state_dict(last["model_state_dict"])
         optimizer.load_state_dict(last["optimizer_state_dict"])
         history = last["history"]
-        print(f"continuing {out} after epoch {last['epoch']}")
-    inputs = _Inputs(network, cache, config, device)
+        print(f"continuing {out} after epoch {last['epoch']}", file=sys.stderr)
+    inputs = Inputs(network, cache, config.augmentation, device)
     if config.trained == "head":
         if last is None and not config.backbone_weights:
-            _measure_batch_statistics(network, inputs, train, config.batch_size)
+            measure_batch_statistics(network, inputs, train, config.batch_size)
         inputs.freeze(train + val)
 
     while len(history) < config.epochs and not _exhausted(history, config.patience):
-        epoch = len(history) + 1
-        started = time.perf_counter()
         # As the rate is a function of the history, so is every random number of the epoch: nothing but weights and
         # optimizer state has to survive an interruption.
+        epoch, started = len(history) + 1, time.perf_counter()
         rate = config.rate(history)
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(config.seed * 10_000 + epoch)
-        losses = _train_epoch(network, objective, optimizer, inputs, train, config, epoch)
-        scores, val_loss = _validate(network, objective, postprocessor, inputs, val)
+        train_loss = _train_epoch(network, loss, counts, optimizer, inputs, train, config, epoch)
+        scores, val_loss = _validate(network, loss, counts, postprocessor, inputs, val)
         history.append(
             {
                 "epoch": epoch,
                 "learning_rate": rate,
-                "train_loss": float(np.mean(losses)),
+                "train_loss": train_loss,
                 "val_loss": val_loss,
-                **_ranking([r.label for r, _ in val], scores),
+                **_ranking([entry.recording.label for entry in val], np.array(scores)),
                 "seconds": time.perf_counter() - started,
             }
         )
         checkpoint = {
             **run,
+            **computed_by,
             **{k: history[-1][k] for k in ("epoch", "val_auc", "val_ap")},
+            "validation_scores": {entry.sha256: list(of_one) for entry, of_one in zip(val, scores, strict=True)},
             "model_state_dict": {k: v.cpu() for k, v in network.state_dict().items()},
             "optimizer_state_dict": optimizer.state_dict(),
-            "library_versions": library_versions(definition.packages),
             "history": history,
+            # An encoder that was left as it was drawn is meant to be so.
+            "accepted_untrained": [f.layer for f in untrained_layers(network).findings]
+            if config.trained == "head"
+            else [],
         }
         if _best_epoch(history) == epoch:
             save_checkpoint(out / "best.pth", checkpoint)
         save_checkpoint(out / "last.pth", checkpoint)
         shown = history[-1]
         print(
-            f"epoch {epoch}: train loss {shown['train_loss']:.4f}, val loss {val_loss:.4f}, val AUC {shown['val_auc']:.4f}, "
-            f"val AP {shown['val_ap']:.4f}, {shown['seconds']:.1f} s"
+            f"epoch {epoch}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, val AUC {shown['val_auc']:.4f}, "
+            f"val AP {shown['val_ap']:.4f}, {shown['seconds']:.1f} s",
+            file=sys.stderr,
         )
         on_epoch(shown)
     best = load_checkpoint(out / "best.pth")
@@ -235,6 +148,55 @@ def fit(
     if best["history"] != history:
         save_checkpoint(out / "best.pth", best | {"history": history})
     return load_checkpoint(out / "best.pth")
+
+
+def _check_config(config: Config, definition: Definition, cache: StageCache) -> None:
+    """Raise ValueError for settings that this definition cannot be trained with."""
+    pipeline = definition.pipeline
+    if definition.network_files:
+        raise ValueError(
+            f"an exported network ({', '.join(definition.network_files)}) cannot be trained; `skewless import` takes it as "
+            "it is"
+        )
+    if config.augmentation and cache.unit != "image value":
+        raise ValueError(
+            f"augmentation is of scaled spectrograms, pipeline '{pipeline.name}' gives values in {cache.unit}; "
+            "train without (--no-augmentation, or augmentation: false)"
+        )
+    if config.offline_augmentation and pipeline.reads != "audio":
+        raise ValueError(
+            f"offline augmentation is of recordings, pipeline '{pipeline.name}' reads {pipeline.reads}s; expected "
+            "offline_augmentation: 0"
+        )
+
+
+def _loss_of(config: Config, definition: Definition) -> tuple[dict[str, Any], Loss]:
+    """The loss that the recipe asks for, else the network's own: its definition, and what it defines."""
+    own = OwnCode(definition.folder)
+    name, _ = NETWORKS.split(definition.network)
+    chosen = config.loss or {NETWORKS.find(name, own).default_loss: {}}
+    loss = LOSSES.build(chosen, own)
+    if config.trained == "head" and loss.trains_encoder:
+        raise ValueError(f"with loss '{next(iter(chosen))}' this network is trained as a whole; choose trained: all")
+    return chosen, loss
+
+
+def _prepare(
+    recordings: list[Recording],
+    config: Config,
+    cache: StageCache,
+    classes: Sequence[str],
+    augmented: Path,
+    skip_unreadable: bool,
+) -> tuple[list[Entry], list[Entry]]:
+    """The entries of the training split, with its augmented copies, and of the validation split."""
+    train, val = (select(recordings, split, classes) for split in ("train", "val"))
+    if config.offline_augmentation:
+        train = train + augmented_recordings(train, config.offline_augmentation, config.seed, augmented)
+    prepared = tuple(cache.prepare(rows, skip_unreadable=skip_unreadable) for rows in (train, val))
+    for entries in prepared:
+        require_every_class([entry.recording for entry in entries], "what could be read", classes)
+    return prepared
 
 
 def _resume(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -259,105 +221,17 @@ def _exhausted(history: list[dict[str, float]], patience: int) -> bool:
     return bool(history) and len(history) - _best_epoch(history) >= patience
 
 
-_SMALL = 4096  # values
-
-
-class _Inputs:
-    """A training or validation entry as the network's input, or, once frozen, as its features."""
-
-    def __init__(self, network: nn.Module, cache: StageCache, config: Config, device: torch.device):
-        self._network, self._cache, self._device = network, cache, device
-        self._augmentation = config.augmentation
-        self._features: dict[Path, torch.Tensor] = {}
-        self._small: dict[Path, torch.Tensor] = {}
-
-    @property
-    def frozen(self) -> bool:
-        return bool(self._features)
-
-    def __call__(self, entry: Entry, generator: torch.Generator | None = None) -> torch.Tensor:
-        """`(S, ...)` on the device; augmented where a generator is given and the recipe says so."""
-        if self.frozen:
-            return self._features[entry[1]]
-        kept = self._small.get(entry[1])
-        if kept is None:
-            kept = self._cache.load(entry[1])
-            # A row of features takes longer to find on disk than all the rest of its step.
-            if kept.numel() <= _SMALL:
-                self._small[entry[1]] = kept
-        if generator is not None and self._augmentation:
-            kept = augment(kept, generator)
-        return self._cache.finish(kept).to(self._device)
-
-    def freeze(self, entries: list[Entry]) -> None:
-        """Encode every entry once; from here on features are what is given."""
-        self._network.eval()
-        features = {}
-        for entry in tqdm(entries, desc="features", unit="file"):
-            with torch.no_grad():
-                features[entry[1]] = self._network.encode(self(entry))
-        self._features = features
-
-
-def _measure_batch_statistics(
-    network: nn.Module, inputs: Callable[[Entry], torch.Tensor], entries: list[Entry], batch_size: int
-) -> None:
-    """Batch normalisation's running statistics as averages over one pass, for an encoder that is not trained."""
-    layers = [m for m in network.modules() if isinstance(m, _BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    network.train()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # PyTorch's word for a cumulative average
-    for start in tqdm(range(0, len(entries), batch_size), desc="batch statistics", unit="batch"):
-        batch = torch.cat([inputs(entry) for entry in entries[start : start + batch_size]])
-        if len(batch) > 1:
-            with torch.no_grad():
-                network.encode(batch)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-
-
-# What computes an augmented copy.
-_MAKERS = ("librosa", "numpy", "scipy", "soundfile", "av")
-
-
-def _copies_of(recordings: list[Recording], config: Config, folder: Path) -> list[Recording]:
-    """Augmented copies as files, each in its recording's split and group. Of an unreadable recording there are none:
-    `StageCache.prepare` reports it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Made by other code or other libraries, a copy is another one.
-    maker = json.dumps(library_versions(_MAKERS)).encode() + Path(copies.__code__.co_filename).read_bytes()
-    made = []
-    for recording in tqdm(recordings, desc="augmented copies", unit="file"):
-        data = recording.path.read_bytes()
-        name = f"{hashlib.sha256(maker + data).hexdigest()}-{config.seed}"
-        paths = [folder / f"{name}-{number}.wav" for number in range(config.copies)]
-        if not all(path.exists() for path in paths):
-            try:
-                audio = copies(data, config.copies, config.seed)
-            except InputError:
-                continue
-            for path, copy in zip(paths, audio, strict=True):
-                unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-                unfinished.write_bytes(copy)
-                unfinished.replace(path)
-        made += [
-            replace(recording, file_path=f"{recording.file_path}, copy {number}", path=path)
-            for number, path in enumerate(paths, start=1)
-        ]
-    return made
-
-
 def _train_epoch(
-    network: nn.Module,
-    objective: Objective,
+    network: Network,
+    loss: Loss,
+    counts: torch.Tensor,
     optimizer: torch.optim.Optimizer,
-    inputs: _Inputs,
+    inputs: Inputs,
     entries: list[Entry],
     config: Config,
     epoch: int,
-) -> list[float]:
+) -> float:
+    """One pass over the entries in random order; the mean loss of its batches."""
     network.train()
     generator = torch.Generator().manual_seed(config.seed * 10_000 + epoch)
     order = torch.randperm(len(entries), generator=generator).tolist()
@@ -367,28 +241,36 @@ def _train_epoch(
     batches = [b for b in batches if len(b) > 1]
     for indices in tqdm(batches, desc=f"epoch {epoch}/{config.epochs}", unit="batch", leave=False):
         x = [inputs(entries[i], generator) for i in indices]
-        labels = torch.tensor([entries[i][0].label for i in indices], device=x[0].device)
-        loss = objective.loss(x, labels)
+        labels = torch.tensor([entries[i].recording.label for i in indices], device=x[0].device)
+        value = loss(network, Batch(x, labels, counts, inputs.frozen))
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        losses.append(value.item())
+    return float(np.mean(losses))
 
 
 def _validate(
-    network: nn.Module, objective: Objective, postprocessor: Postprocessor, inputs: _Inputs, entries: list[Entry]
-) -> tuple[np.ndarray, float]:
-    """Each input's scores `(N, 1 or classes)`, and the mean loss."""
+    network: Network,
+    loss: Loss,
+    counts: torch.Tensor,
+    postprocessor: Postprocessor,
+    inputs: Inputs,
+    entries: list[Entry],
+) -> tuple[list[tuple[float, ...]], float]:
+    """Each entry's scores, and the mean loss."""
     network.eval()
     scores, losses = [], []
-    for entry in _progress(entries):
+    for entry in tqdm(entries, desc="validation", unit="file", leave=False):
         x = inputs(entry)
+        label = torch.tensor([entry.recording.label], device=x.device)
         with torch.inference_mode():
             features = x if inputs.frozen else network.encode(x)
             scores.append(postprocessor.scores(network.head(features)))
-            losses.append(objective.loss([x], torch.tensor([entry[0].label], device=x.device)).item())
-    return np.array(scores), float(np.mean(losses))
+            # Where features suffice, nothing is encoded twice.
+            given = (x, inputs.frozen) if loss.trains_encoder else (features, True)
+            losses.append(loss(network, Batch([given[0]], label, counts, given[1])).item())
+    return scores, float(np.mean(losses))
 
 
 def _ranking(labels: list[int], scores: np.ndarray) -> dict[str, float]:
@@ -401,11 +283,7 @@ def _ranking(labels: list[int], scores: np.ndarray) -> dict[str, float]:
     }
 
 
-def _progress(entries: list[Entry]) -> Iterator[Entry]:
-    yield from tqdm(entries, desc="validation", unit="file", leave=False)
-
-
-def _load_backbone(network: nn.Module, source: str) -> None:
+def _load_backbone(network: Network, source: str) -> None:
     """ResNet-18 weights into the backbone, without the classifier; raises ValueError when keys are missing."""
     if not hasattr(network, "backbone"):
         raise ValueError("backbone_weights are for networks with a ResNet-18 inside; this one has none")

@@ -136,6 +136,30 @@ def require_every_class(recordings: list[Recording], what: str, classes: Sequenc
         raise ManifestError(f"{what} has {listed} recordings; it needs some of each")
 
 
+def check_contents(recordings: Sequence[Recording]) -> dict[str, list[Recording]]:
+    """The recordings by the SHA-256 of their files' bytes; every file is read once.
+
+    The same bytes may be listed twice in one split, under two paths. Raises ManifestError naming both paths where they are in
+    two splits, or have two labels.
+    """
+    by_content: dict[str, list[Recording]] = {}
+    for recording in recordings:
+        with open(recording.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        by_content.setdefault(digest, []).append(recording)
+    for first, *others in by_content.values():
+        for other in others:
+            both = f"{first.path} and {other.path} are the same recording, byte for byte"
+            if first.split != other.split:
+                raise ManifestError(
+                    f"{both}, in the splits {first.split} and {other.split}: a test would measure what training has heard; "
+                    "remove one of the two rows, or give both the same split"
+                )
+            if first.label != other.label:
+                raise ManifestError(f"{both}, with two labels; correct one of the two rows, or remove it")
+    return by_content
+
+
 def manifest_digest(recordings: list[Recording]) -> str:
     """SHA-256 over the rows (path, label, split), whatever the order and the spelling of the labels."""
     rows = sorted(f"{r.file_path}\t{r.label}\t{r.split}" for r in recordings)

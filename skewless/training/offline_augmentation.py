@@ -1,31 +1,70 @@
-"""Augmented copies of a recording, as recordings: what is done to the waveform cannot be done to features.
+"""Offline augmentation: changed copies of a recording, made once. What is done to a waveform cannot be done to features.
 
-Made for training only, each beside its recording and on its split and group: a singer's copies never test a model that has
-heard the singer.
+Made for training only, each in its recording's split and group: a singer's copies never test a model that has heard the
+singer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import librosa
 import numpy as np
 from numpy.typing import NDArray
 from scipy.io import wavfile
+from tqdm import tqdm
 
-from skewless.core.stages import Payload, Signal
+from skewless.core.files import atomic
+from skewless.core.stages import InputError, Payload, Signal
 from skewless.core.stages.decode import Decode
+from skewless.core.versions import library_versions
+from skewless.training.manifest import Recording
 
 # The widest changes. Noise: decibels that white noise lies below the recording's RMS.
 PITCH_SEMITONES = 2.0
 STRETCH = (0.9, 1.1)
 NOISE_DB = (30.0, 60.0)
 
+# The packages that compute a copy.
+_PACKAGES = ("librosa", "numpy", "scipy", "soundfile", "av")
+
 Samples = NDArray[np.float32]
 
 
-def copies(data: bytes, count: int, seed: int) -> list[bytes]:
+def augmented_recordings(recordings: Sequence[Recording], count: int, seed: int, folder: Path) -> list[Recording]:
+    """`count` augmented copies of every recording, as files in `folder`, each in its recording's split and group.
+
+    A file that is there already is used again. Of an unreadable recording there are none: `StageCache.prepare` reports it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Made by other code or other libraries, a copy is another one.
+    maker = json.dumps(library_versions(_PACKAGES)).encode() + Path(__file__).read_bytes()
+    made = []
+    for recording in tqdm(recordings, desc="augmented copies", unit="file"):
+        data = recording.path.read_bytes()
+        name = f"{hashlib.sha256(maker + data).hexdigest()}-{seed}"
+        paths = [folder / f"{name}-{number}.wav" for number in range(count)]
+        if not all(path.exists() for path in paths):
+            try:
+                audio = augmented_copies(data, count, seed)
+            except InputError:
+                continue
+            for path, copy in zip(paths, audio, strict=True):
+                with atomic(path) as unfinished:
+                    unfinished.write_bytes(copy)
+        made += [
+            replace(recording, file_path=f"{recording.file_path}, copy {number}", path=path)
+            for number, path in enumerate(paths, start=1)
+        ]
+    return made
+
+
+def augmented_copies(data: bytes, count: int, seed: int) -> list[bytes]:
     """`count` changed copies of an encoded recording, as float WAV at its own rate and channels.
 
     Each has one change, in turn: pitch shifted by up to 2 semitones, time stretched to 0.9 to 1.1 times the speed, white

@@ -7,13 +7,22 @@ from typing import Any
 
 import yaml
 
+PARTS = ("corpus", "training")
+
 
 def read_recipe(path: Path, part: str) -> dict[str, Any]:
-    """The parameters that a recipe.yaml gives for `part`, "corpus" or "training"; raises ValueError without any."""
+    """The parameters that a recipe.yaml gives for `part`, one of PARTS.
+
+    Raises ValueError for a file that is not YAML, has other parts, or has no parameters for this one.
+    """
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(recipe, dict) or not isinstance(recipe.get(part), dict):
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is {recipe!r:.60}, expected the parts {' and '.join(PARTS)}")
+    if unknown := [str(key) for key in recipe if key not in PARTS]:
+        raise ValueError(f"{path} has the unknown part {', '.join(unknown)}; it takes: {', '.join(PARTS)}")
+    if not isinstance(recipe.get(part), dict):
         raise ValueError(f"{path} has no '{part}' with parameters below it")
     return recipe[part]

@@ -27,6 +27,7 @@ class AttnMILResNet(Network):
 
     packages: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
     input_name: ClassVar[str] = "images"
+    default_loss: ClassVar[str] = "bag"
 
     def __init__(self, dropout: float = 0.3, attn_hidden: int = 128):
         super().__init__()

@@ -17,10 +17,12 @@ class Network(nn.Module):
 
     packages: the packages that compute the outputs, as pip names them.
     input_name: what exported graphs call the input; they call the outputs as `head` does.
+    default_loss: the loss that trains it where a recipe names none; "classes" needs `logits`.
     """
 
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     input_name: ClassVar[str] = "inputs"
+    default_loss: ClassVar[str] = "classes"
 
     @abstractmethod
     def encode(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,27 @@
-"""Two pipelines side by side, and the edits that turn one into the other."""
+"""Two pipelines side by side, and the edits that turn one into the other: what `Pipeline.diff` and the skew report read."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from skewless.core.pipeline import Pipeline
+from skewless.core.own_code import reference as own_name
 from skewless.core.stages import Stage
+
+if TYPE_CHECKING:  # a pipeline compares itself with another by this module
+    from skewless.core.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One change on the way from the reference to the candidate; `changes` maps a parameter to (before, after)."""
+    """One change on the way from the reference to the candidate.
+
+    stage: the changed stage's key in the reference, for an inserted one in the candidate. successor: of a replaced stage,
+    the key of the one in its place. changes: parameter to (before, after); None on a side that does not have the
+    parameter. For a stage of own code also the files that differ, with the start of their SHA-256.
+    """
 
     kind: Literal["parameters", "replaced", "moved", "removed", "inserted"]
     stage: str
@@ -31,7 +39,11 @@ class Edit:
 
 @dataclass(frozen=True)
 class Row:
-    """One place in the alignment: the stage that each pipeline has there, by its key, or None. edit: index, or None."""
+    """One place in the alignment.
+
+    reference, candidate: the key and the stage that each pipeline has there, or None. edit: the number of the edit that
+    makes the two sides differ, or None where they are the same.
+    """
 
     reference: tuple[str, Stage] | None
     candidate: tuple[str, Stage] | None
@@ -42,9 +54,17 @@ class Row:
         return self.reference is not None and self.candidate is not None
 
     @property
+    def first(self) -> tuple[str, Stage]:
+        """The reference's key and stage, or the candidate's where only that has one."""
+        side = self.reference or self.candidate
+        if side is None:
+            raise ValueError("a row needs a stage on at least one side")
+        return side
+
+    @property
     def label(self) -> str:
         """The stage's key, the reference's where both have one."""
-        return (self.reference or self.candidate)[0]
+        return self.first[0]
 
 
 @dataclass(frozen=True)
@@ -73,15 +93,28 @@ class Alignment:
         return "missing in candidate" if row.candidate is None else "added in candidate"
 
 
-def align(reference: Pipeline, candidate: Pipeline) -> Alignment:
-    """Align stages by name, in order (difflib).
+def definition_name(stage: Stage) -> str:
+    """How a pipeline file names the stage: "mel", or "stages.py:PreEmphasis" for one of own code."""
+    return own_name(type(stage)) or stage.name
 
-    A stage that only changed its place is one edit on two rows. Of the other stages between two matches, the first of
-    each side are taken for one another's replacement, then the second, and the rest is removed or inserted.
+
+def changed_parameters(before: Stage, after: Stage) -> dict[str, tuple[Any, Any]]:
+    """Parameter to its two values, where they differ; None on a side that does not have the parameter."""
+    a, b = before.params(), after.params()
+    return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
+
+
+def align(reference: Pipeline, candidate: Pipeline) -> Alignment:
+    """Align stages by name, in order, by difflib.
+
+    A stage that only changed its place is one edit on two rows. Between two matches, the first stage that is left on
+    each side is taken for the other's replacement, then the second, and the rest is removed or inserted.
     """
     ours, theirs = list(reference.stages.items()), list(candidate.stages.items())
     blocks = difflib.SequenceMatcher(
-        a=[stage.name for _, stage in ours], b=[stage.name for _, stage in theirs], autojunk=False
+        a=[definition_name(stage) for _, stage in ours],
+        b=[definition_name(stage) for _, stage in theirs],
+        autojunk=False,
     ).get_opcodes()
     moves = _moves(
         [i for tag, i0, i1, _, _ in blocks if tag != "equal" for i in range(i0, i1)],
@@ -90,6 +123,7 @@ def align(reference: Pipeline, candidate: Pipeline) -> Alignment:
         theirs,
     )
     origins = {j: i for i, j in moves.items()}
+    files = _changed_files(reference.code, candidate.code)
     rows: list[Row] = []
     edits: list[Edit] = []
     numbers: dict[int, int] = {}
@@ -101,18 +135,21 @@ def align(reference: Pipeline, candidate: Pipeline) -> Alignment:
             if origin not in numbers:
                 numbers[origin] = len(edits)
                 key, stage = ours[origin]
-                edits.append(Edit("moved", key, changes=_changes(stage, theirs[moves[origin]][1])))
+                edits.append(Edit("moved", key, changes=_changes(stage, theirs[moves[origin]][1], files)))
             rows.append(Row(a, b, numbers[origin]))
             return
-        if a and b and a[1] == b[1]:
-            rows.append(Row(a, b))
-            return
-        if a and b and a[1].name == b[1].name:
-            edits.append(Edit("parameters", a[0], changes=_changes(a[1], b[1])))
+        if a and b and definition_name(a[1]) == definition_name(b[1]):
+            changes = _changes(a[1], b[1], files)
+            if not changes:
+                rows.append(Row(a, b))
+                return
+            edits.append(Edit("parameters", a[0], changes=changes))
         elif a and b:
             edits.append(Edit("replaced", a[0], successor=b[0]))
-        else:
-            edits.append(Edit("removed", a[0]) if a else Edit("inserted", b[0]))
+        elif a:
+            edits.append(Edit("removed", a[0]))
+        elif b:
+            edits.append(Edit("inserted", b[0]))
         rows.append(Row(a, b, len(edits) - 1))
 
     for _, i, i1, j, j1 in blocks:
@@ -138,12 +175,23 @@ def _moves(
     """Which of the removed stages come back elsewhere: index in the reference to index in the candidate."""
     found: dict[int, int] = {}
     for i in removed:
-        twins = [j for j in added if theirs[j][1].name == ours[i][1].name and j not in found.values()]
+        name = definition_name(ours[i][1])
+        twins = [j for j in added if definition_name(theirs[j][1]) == name and j not in found.values()]
         if twins:
             found[i] = twins[0]
     return found
 
 
-def _changes(before: Stage, after: Stage) -> dict[str, tuple[Any, Any]]:
-    a, b = before.params(), after.params()
-    return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
+def _changes(before: Stage, after: Stage, files: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """What differs between two stages of one name: parameters and, for stages of own code, the code."""
+    found = changed_parameters(before, after)
+    return {**found, **files} if own_name(type(before)) else found
+
+
+def _changed_files(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
+    """Files of own code that both pipelines use and that differ, with the first 12 digits of either SHA-256.
+
+    Which of its files a stage needs is not known, so every stage of own code counts as changed with any of them.
+    """
+    shared = sorted(set(before) & set(after))
+    return {file: (before[file][:12], after[file][:12]) for file in shared if before[file] != after[file]}

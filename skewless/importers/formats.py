@@ -1,0 +1,85 @@
+"""Which program wrote a file, by its content, and the importer that reads it. One more format is one more entry here."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from skewless.core.definition import Definition
+from skewless.core.networks import NETWORKS
+from skewless.importers.errors import ImportFileError
+from skewless.importers.fastai import is_fastai, rename
+from skewless.importers.imported_file import ImportedFile
+
+FORMATS = {
+    "pytorch": "what torch.save wrote: a checkpoint or a state dict",
+    "keras": "what Keras saved: .keras, .h5 or .weights.h5",
+    "exported": "what torch.export.save wrote: .pt2",
+}
+
+
+def format_of(path: Path) -> str:
+    """One of FORMATS; the file's name plays no part.
+
+    What is neither HDF5 nor a zip is taken for PyTorch's, whose old files have no mark of their own.
+    Raises ImportFileError for a file that is not there, and for a zip that none of these programs wrote.
+    """
+    if not path.is_file():
+        raise ImportFileError(f"there is no file {path}")
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start == b"\x89HDF\r\n\x1a\n":
+        return "keras"
+    if not start.startswith(b"PK\x03\x04"):
+        return "pytorch"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise ImportFileError(f"{path} starts as a zip does, and is damaged: {error}") from error
+    # torch puts everything below one folder of any name, Keras puts it at the top.
+    inside = {name.partition("/")[2] for name in members}
+    if "data.pkl" in inside:
+        return "pytorch"
+    if "models/model.json" in inside or "archive_format" in inside or "serialized_exported_program.json" in members:
+        return "exported"
+    if {"config.json", "model.weights.h5"} & set(members):
+        return "keras"
+    raise ImportFileError(
+        f"{path} is a zip with {', '.join(members[:5]) or 'nothing in it'}; expected " + ", or ".join(FORMATS.values())
+    )
+
+
+def read(path: Path, format: str, definition: Definition, replaced: Collection[str] = ()) -> ImportedFile:
+    """The file as data, its weights by the names of the definition's network. Raises ImportFileError.
+
+    replaced: for Keras, names of layers before the network of which the caller knows that the pipeline does their work.
+    """
+    if format == "exported":
+        from skewless.importers.exported import read_exported
+
+        return read_exported(path, definition)
+    if definition.network_files:
+        raise ImportFileError(
+            f"{definition.folder} has an exported network, {definition.network_files[0]}; import that file, not {path}"
+        )
+    network, _ = NETWORKS.split(definition.network)
+    if format == "keras":
+        from skewless.importers.keras_file import read_keras
+
+        if network != "keras_resnet50":
+            raise ImportFileError(f"{definition.folder} has the network {definition.network}, expected keras_resnet50")
+        built, classes = definition.build_network(), definition.classes
+        if len(classes) != built.predictions.out_features:
+            raise ImportFileError(
+                f"{definition.folder}: {len(classes)} classes for {built.predictions.out_features} outputs"
+            )
+        return read_keras(path, built, replaced)
+    from skewless.importers.pytorch import read_pytorch
+
+    file = read_pytorch(path)
+    if network == "resnet18_fastai" and is_fastai(file.weights):
+        return replace(file, weights=rename(file.weights))
+    return file

@@ -1,0 +1,127 @@
+"""The benchmarks run, on a model and recordings that are small enough for a test."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import archive_variants, runtimes, variants
+from skewless.core.networks import Network
+from skewless.evaluation.evaluate import evaluate
+from skewless.packaging.build import build_archive
+from skewless.training.checkpoint import load_checkpoint
+from skewless.training.manifest import read_manifest
+from tests.recordings import one_thread  # noqa: F401
+from tests.tiny_model import TinyModel, tiny_model  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def archive(tiny_model: TinyModel, tmp_path_factory) -> Path:  # noqa: F811
+    """The tiny model as a .mar file."""
+    root = tmp_path_factory.mktemp("built")
+    definition = tiny_model.definition
+    recordings = read_manifest(tiny_model.manifest, tiny_model.manifest.parent, definition.classes)
+    checkpoint = load_checkpoint(tiny_model.checkpoint)
+    device = torch.device("cpu")
+    evaluate(definition, checkpoint, tiny_model.checkpoint, recordings, "test", root / "test", device, references=3)
+    return build_archive(tiny_model.archive, tiny_model.checkpoint, root / "test", "1.0", root / "store").path
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a Markdown table, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def source(model: TinyModel) -> list[str]:
+    return [str(model.archive), "--checkpoint", str(model.checkpoint), "--manifest", str(model.manifest)]
+
+
+def test_runtimes(archive, capsys):
+    runtimes.main([str(archive), str(archive), "--rounds", "2"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("(32, 3, 224, 224) float32, device cpu, ")
+    first, second = rows(printed)
+    assert first[:3] == second[:3] == ["tiny-1.0", "eager", "fp32"]
+    assert first[-2:] == ["1.00", "0.0e+00"]
+    assert second[-1] == "0.0e+00"
+    assert all(float(row[4]) >= float(row[5]) > 0 for row in (first, second))
+
+
+def test_runtimes_measures_how_far_probabilities_are_apart(archive, tmp_path, monkeypatch):
+    """By hand: the second archive's logits are one higher."""
+    loaded = []
+
+    def shifted(path: Path, folder: Path, device: torch.device):
+        service, recordings = load(path, folder, device)
+        if loaded:
+            network: Network = service.runtime.network
+            network.output.bias.data += 1.0
+        loaded.append([service.score([recording])[0].scores[0] for recording in recordings])
+        return service, recordings
+
+    load = runtimes.load
+    monkeypatch.setattr(runtimes, "load", shifted)
+    _, (*_, apart) = rows(runtimes.measure([archive, archive], 1, torch.device("cpu"), tmp_path))
+    assert len(loaded[0]) == 3
+    assert float(apart) == pytest.approx(max(abs(a - b) for a, b in zip(*loaded, strict=True)), rel=0.05)
+    assert float(apart) > 0.05
+
+
+def test_runtimes_refuses_what_is_no_archive(tmp_path, capsys):
+    (tmp_path / "x.mar").write_bytes(b"no archive")
+    with pytest.raises(SystemExit) as stopped:
+        runtimes.main([str(tmp_path / "x.mar")])
+    assert stopped.value.code == 2
+    assert f"no archive: {tmp_path / 'x.mar'}" in capsys.readouterr().err
+
+
+def test_archive_variants(tiny_model, capsys):  # noqa: F811
+    archive_variants.main(source(tiny_model))
+    printed = capsys.readouterr().out
+    assert printed.startswith("6 files of split 'test', threshold 0.5")
+    trained, *others = rows(printed)
+    assert trained[0] == "(as trained)"
+    assert [row[0] for row in others] == [
+        f"`{path.stem}`" for path in sorted((tiny_model.archive / "variants").glob("*.yaml"))
+    ]
+    found = {row[0]: row for row in others}
+    assert found["`tail_only`"][1] == "segment"
+    assert float(found["`tail_only`"][2]) > 0
+    for row in others:
+        assert row[4].endswith(" of 6")
+        assert 0 <= float(row[5]) <= 1
+
+
+def test_variants(tiny_model, tmp_path, capsys):  # noqa: F811
+    variants.main([*source(tiny_model), "--out", str(tmp_path / "out")])
+    table = json.loads((tmp_path / "out" / "variants.json").read_text(encoding="utf-8"))
+    names = {path.stem for path in (tiny_model.archive / "variants").glob("*.yaml")}
+    assert {(row["variant"], row["condition"]) for row in table} == {(n, c) for n in names for c in variants.CONDITIONS}
+    assert all(math.isfinite(row["max_dp"]) and row["mean_dp"] <= row["max_dp"] for row in table)
+    clean = {row["variant"]: row for row in table if row["condition"] == "clean"}
+    assert clean["tail_only"]["mean_dp"] > clean["pytorch_backend"]["mean_dp"]
+    assert len(rows(capsys.readouterr().out)) == len(table)
+    assert (tmp_path / "out" / "variants.png").stat().st_size > 5000
+
+
+def test_variants_are_of_recordings(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        variants.main([str(tmp_path), "--checkpoint", "c", "--manifest", "m", "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert "has no variants/*.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["runtimes", "archive_variants", "variants"])
+def test_each_runs_as_its_docstring_says(name):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python -m benchmarks.{name} " in done.stdout
