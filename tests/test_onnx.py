@@ -106,7 +106,7 @@ def build(demonstration: Demonstration, out: Path, separated, precision: str) ->
     version = f"1.0-{precision}"
     return build_archive(
         ROOT / "archive" / "cough", demonstration.checkpoint, evaluation, version, out, execution=execution
-    )
+    ).path
 
 
 @pytest.fixture(scope="module")

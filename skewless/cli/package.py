@@ -118,6 +118,14 @@ def build(
     calibration_manifest: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Its train split gives int8 its value ranges.")
     ] = None,
+    references: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="none|synthetic|FILE",
+            help="Recordings that travel in the archive: none, only computed ones, or a file, which may be given several times.",
+            show_default="those that evaluation kept",
+        ),
+    ] = None,
     root: Root = None,
 ) -> Result:
     """Package a checkpoint as NAME-VERSION.mar, if it gives the numbers that evaluation recorded."""
@@ -137,9 +145,28 @@ def build(
         execution = Execution(
             runtime, precision or "fp32", recordings(manifest), split, recordings(calibration_manifest)
         )
-    target = build_archive(archive, checkpoint, evaluation, version, out, force=force, execution=execution)
-    size = target.stat().st_size
-    return Result({"archive": target, "bytes": size}, f"{target}: {size / 1e6:.1f} MB")
+    built = build_archive(
+        *(archive, checkpoint, evaluation, version, out),
+        force=force,
+        execution=execution,
+        references=_references(references),
+    )
+    for warning in built.warnings:
+        print(f"warning: {warning}")
+    size = built.path.stat().st_size
+    data = {"archive": built.path, "bytes": size, "warnings": built.warnings}
+    return Result(data, f"{built.path}: {size / 1e6:.1f} MB")
+
+
+def _references(given: list[str] | None) -> str | list[Path]:
+    """The recordings that are to travel in an archive, as `build_archive` takes them."""
+    if not given:
+        return "evaluation"
+    if given[0] in ("evaluation", "synthetic", "none"):
+        if len(given) > 1:
+            raise UsageError(f"--references is {', '.join(given)}, expected one of these words, or files only")
+        return given[0]
+    return [Path(name) for name in given]
 
 
 @command(app, "skew", panel=PACKAGE)
