@@ -4,31 +4,35 @@
 FROM python:3.11-slim
 
 ARG DEVICE=cuda
-# A CPU build of the same torch, torchaudio and torchvision has a higher local version ("+cpu") and is preferred.
 ENV VENV=/opt/venv
+ENV PATH="$VENV/bin:$PATH"
 WORKDIR /app
 COPY requirements.txt .
-COPY scripts/environment.sh scripts/
+# A CPU build of the same torch, torchaudio and torchvision has a higher local version ("+cpu") and is preferred.
 RUN case "$DEVICE" in \
         cuda) ;; \
         cpu) export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ;; \
         *) echo "DEVICE is '$DEVICE', expected cpu or cuda" >&2; exit 2 ;; \
     esac; \
-    PIP_NO_CACHE_DIR=1 sh -euc '. scripts/environment.sh'
+    python -m venv "$VENV" && pip install --no-cache-dir -r requirements.txt
 
-COPY handler handler
-COPY serving serving
-COPY scripts scripts
-COPY config.properties .
+# The project as an installed package: what it was built from does not stay.
+COPY pyproject.toml source/
+COPY README.md source/
+COPY LICENSE source/
+COPY config.properties source/
+COPY handler source/handler
+COPY archive source/archive
+COPY skewless source/skewless
+RUN pip install --no-cache-dir --no-deps ./source && mv source/config.properties . && rm -r source
 # Inference and metrics are reachable from outside the container; the management API, which can load code, is not.
 RUN sed -i -E 's|^(inference_address\|metrics_address)=http://127.0.0.1|\1=http://0.0.0.0|; s|^(grpc_inference_address)=.*|\1=0.0.0.0|' config.properties \
     && useradd --create-home skewless && mkdir -p state model_store && chown skewless state
 # librosa's compiled parts, where the user can read and write them: otherwise every container compiles them anew, 12 s.
 ENV NUMBA_CACHE_DIR=/var/cache/numba
-RUN mkdir -p "$NUMBA_CACHE_DIR" && /opt/venv/bin/python scripts/compile_features.py \
-    && chown -R skewless "$NUMBA_CACHE_DIR"
+RUN mkdir -p "$NUMBA_CACHE_DIR" && skewless serve warm && chown -R skewless "$NUMBA_CACHE_DIR"
 USER skewless
 EXPOSE 8080 8082 7070
 HEALTHCHECK --interval=30s --timeout=20s --start-period=120s \
-    CMD ["/opt/venv/bin/python", "scripts/serve.py", "status", "--state-dir", "state"]
-CMD ["/opt/venv/bin/python", "scripts/serve.py", "run", "--state-dir", "state"]
+    CMD ["skewless", "serve", "status", "--state-dir", "state"]
+CMD ["skewless", "serve", "run", "--state-dir", "state", "--config", "config.properties"]

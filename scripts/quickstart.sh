@@ -23,27 +23,29 @@ fi
 . scripts/environment.sh
 
 work="runs/quickstart/$name"
+skewless() { "$VENV/bin/skewless" "$@"; }
 step() { printf '\n== %s\n' "$1"; }
 
 step "1/6 a synthetic corpus (for demonstration only)"
-"$PYTHON" scripts/make_corpus.py --recipe "$recipe" --out "$work/corpus"
+skewless corpus --recipe "$recipe" --out "$work/corpus"
 step "2/6 training"
-"$PYTHON" scripts/train.py --archive "archive/$name" --recipe "$recipe" --manifest "$work/corpus/manifest.csv" --out "$work/train"
+skewless train "archive/$name" --recipe "$recipe" --manifest "$work/corpus/manifest.csv" --out "$work/train"
 step "3/6 evaluation"
-"$PYTHON" scripts/evaluate.py --checkpoint "$work/train/best.pth" --manifest "$work/corpus/manifest.csv" --out "$work/evaluation"
+skewless evaluate "archive/$name" --checkpoint "$work/train/best.pth" --manifest "$work/corpus/manifest.csv" \
+    --out "$work/evaluation"
 step "4/6 packaging"
-"$PYTHON" scripts/build_archive.py --archive "archive/$name" --checkpoint "$work/train/best.pth" \
-    --evaluation "$work/evaluation" --version 1.0 --out "$work/model_store" --force
+skewless build "archive/$name" --checkpoint "$work/train/best.pth" --evaluation "$work/evaluation" --version 1.0 \
+    --out "$work/model_store" --force
 step "5/6 serving"
 # One that an earlier --keep left, healthy or not.
-"$PYTHON" scripts/serve.py stop --state-dir "$work/server" 2> /dev/null || true
-[ -n "$keep" ] || trap '"$PYTHON" scripts/serve.py stop --state-dir "$work/server"' EXIT
-"$PYTHON" scripts/serve.py start --state-dir "$work/server" --model-store "$work/model_store" --ports free
-"$PYTHON" scripts/register.py "$work/model_store/$name-1.0.mar" --default --state-dir "$work/server"
+skewless serve stop --state-dir "$work/server" 2> /dev/null || true
+[ -n "$keep" ] || trap 'skewless serve stop --state-dir "$work/server"' EXIT
+skewless serve start --state-dir "$work/server" --model-store "$work/model_store" --ports free
+skewless register "$work/model_store/$name-1.0.mar" --default --state-dir "$work/server"
 step "6/6 smoke test: served against evaluated"
-"$PYTHON" scripts/smoke_test.py --model "$name" --state-dir "$work/server"
+skewless smoke "$name" --state-dir "$work/server"
 step "one request"
-"$PYTHON" scripts/request.py "$work"/evaluation/references/08.* --model "$name" --state-dir "$work/server"
+skewless predict "$work"/evaluation/references/08.* --model "$name" --state-dir "$work/server"
 if [ -n "$keep" ]; then
-    printf '\nthe server goes on; stop it with: %s scripts/serve.py stop --state-dir %s\n' "$PYTHON" "$work/server"
+    printf '\nthe server goes on; stop it with: %s serve stop --state-dir %s\n' "$VENV/bin/skewless" "$work/server"
 fi

@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
-# Lint and run every test; arguments go to pytest, such as `-k decode`.
+# Lint, check types, and run every test: first those that need neither a trained model nor a server, then the others.
+# Arguments go to pytest, in one run, such as `-k decode` or tests/test_decode.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest "$@"
+"$PYTHON" -m mypy
+if [ $# -gt 0 ]; then
+    "$PYTHON" -m pytest "$@"
+else
+    "$PYTHON" -m pytest -m "not chain" -n 2 --dist loadgroup
+    "$PYTHON" -m pytest -m chain -n 2 --dist loadgroup
+fi

@@ -36,7 +36,14 @@ def test_archive_carries_everything_the_number_depends_on(demonstration: Demonst
         names = set(archive.namelist())
         metrics = json.loads(archive.read("metrics.json"))
         manifest = json.loads(archive.read("MAR-INF/MANIFEST.json"))
-    assert {"entry.py", "skewless/core/pipeline.py", "pipeline.yaml", "model.yaml", "model-config.yaml", "weights.safetensors"} <= names
+    assert {
+        "entry.py",
+        "skewless/core/pipeline.py",
+        "pipeline.yaml",
+        "model.yaml",
+        "model-config.yaml",
+        "weights.safetensors",
+    } <= names
     assert "references/references.json" in names
     assert not [n for n in names if "__pycache__" in n or n.endswith((".pth", ".pt", ".pkl"))]
     assert manifest["model"]["modelVersion"] == metrics["model_version"] == "1.0"

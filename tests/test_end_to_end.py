@@ -301,7 +301,17 @@ def test_tokens_are_required_and_never_logged(server: Server, good):
 
 def test_serve_run_serves_the_store_until_a_signal(demonstration: Demonstration, tmp_path):
     """What the container runs."""
-    command = [sys.executable, "-m", "skewless", "serve", "run", "--ports", "free", "--state-dir", str(tmp_path / "state")]
+    command = [
+        sys.executable,
+        "-m",
+        "skewless",
+        "serve",
+        "run",
+        "--ports",
+        "free",
+        "--state-dir",
+        str(tmp_path / "state"),
+    ]
     with subprocess.Popen(
         [*command, "--model-store", str(demonstration.store)], cwd=ROOT, stdout=subprocess.PIPE
     ) as process:

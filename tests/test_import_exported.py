@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from skewless.core.definition import Definition
-from skewless.evaluation.evaluate import service_of
+from skewless.evaluation.scores import service_of
 from skewless.importers.errors import ImportFileError
 from skewless.importers.formats import format_of
 from skewless.importers.run import ImportRequest, ImportResult, import_file

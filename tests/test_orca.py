@@ -49,7 +49,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filterbank:User
 ARCHIVE = Path(__file__).parents[1] / "archive" / "orca"
 PIPELINE = Pipeline.from_yaml(ARCHIVE / "pipeline.yaml")
 DEFINITION = Definition.read(ARCHIVE)
-CONFIG = yaml.safe_load((ARCHIVE / "model.yaml").read_text())
 
 CASES: dict[str, tuple[int, NDArray]] = {
     "stereo 44.1 kHz": (44100, recordings.coughs(44100, 4.3, channels=2)),

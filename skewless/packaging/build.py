@@ -11,7 +11,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def build_archive(
     name, pipeline = definition.name, definition.pipeline
     _check_servable(definition)
     execution = execution or Execution.of(definition.runtime)
+    definition = replace(definition, runtime=execution.definition(definition.runtime))
     network = network_of(checkpoint, definition)
     measured = json.loads((evaluation / METRICS).read_text(encoding="utf-8"))
     if measured.get("checkpoint_sha256") != file_digest(checkpoint_path):
@@ -115,19 +116,18 @@ def build_archive(
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch, "staged")
         copy_code(staged)
-        _copy_definition(definition, execution, staged)
+        _copy_definition(definition, staged)
         service = service_of(definition, checkpoint, torch.device("cpu"))
         metrics["references"], warnings = stage_references(references, evaluation, measured["split"], staged, service)
-        weights = execution.write_weights(network, pipeline, staged)
-        files = (weights.name, *network.files)
-        metrics["weights_sha256"] = {file: file_digest(staged / file) for file in files}
+        weights = [*execution.write(network, pipeline, staged), *(staged / file for file in network.files)]
+        metrics["weights_sha256"] = {path.relative_to(staged).as_posix(): file_digest(path) for path in weights}
         _write_metrics(metrics, staged)
         if execution.tier == "reduced":
             service = ModelService.load(staged, torch.device("cpu"), replay=False)
             metrics["runtime"]["measured"] = execution.measure(service, evaluation)
             _write_metrics(metrics, staged)
         _run_self_test(staged)
-        unpacked = _archive_directory(staged, weights, name, version, Path(scratch))
+        unpacked = _archive_directory(staged, weights[0], name, version, Path(scratch))
         packed = Path(scratch, "packed")
         _zip_reproducibly(unpacked, packed)
         target = out / f"{name}-{version}.mar"
@@ -146,14 +146,14 @@ def copy_code(staged: Path) -> None:
     shutil.copyfile(resources.CORE.parent / "__init__.py", staged / "skewless" / "__init__.py")
 
 
-def _copy_definition(definition: Definition, execution: Execution, staged: Path) -> None:
+def _copy_definition(definition: Definition, staged: Path) -> None:
     """The folder's files: the pipeline with what training has fitted, model.yaml as it is, comments too, unless the
     runtime is another, and the Python files, requirements and network files that they name."""
     (staged / PIPELINE).write_text(definition.pipeline.to_yaml(), encoding="utf-8")
     text = (definition.folder / MODEL).read_text(encoding="utf-8")
-    runtime = execution.definition(definition.runtime)
-    if definition.runtime != runtime:
-        text = yaml.safe_dump(yaml.safe_load(text) | {"runtime": runtime}, sort_keys=False)
+    content = yaml.safe_load(text)
+    if definition.runtime != content["runtime"]:
+        text = yaml.safe_dump(content | {"runtime": definition.runtime}, sort_keys=False)
     (staged / MODEL).write_text(text, encoding="utf-8")
     files = [TORCHSERVE, *definition.code, *definition.network_files]
     files += [REQUIREMENTS] if (definition.folder / REQUIREMENTS).is_file() else []
@@ -259,6 +259,6 @@ def _zip_reproducibly(folder: Path, target: Path) -> None:
             info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
             info.external_attr = 0o644 << 16
             # Weights do not compress; storing them keeps building and loading fast.
-            stored = path.suffix in (".safetensors", ".onnx")
+            stored = path.suffix in (".safetensors", ".onnx", ".pt2")
             info.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
             archive.writestr(info, path.read_bytes())

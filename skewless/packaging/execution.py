@@ -1,28 +1,28 @@
-"""What executes an archive's network: its entry in model.yaml, its weights file, and its proof beyond references."""
+"""What executes an archive's network: its entry in model.yaml, its files, and its proof beyond references."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
-from torch import nn
 
+from skewless.core.networks import Network
 from skewless.core.numerics import TIERS, TOLERANCES
 from skewless.core.pipeline import Pipeline
-from skewless.core.runtimes import RUNTIMES
+from skewless.core.runtimes import RUNTIMES, Runtime, RuntimeSettings, runtime_settings
 from skewless.core.service import ModelService
 from skewless.core.stages import InputError
+from skewless.core.versions import library_versions
 from skewless.errors import BuildError
-from skewless.evaluation.scores import predict
+from skewless.evaluation.scores import Prediction, predict, score_columns
+from skewless.packaging.probes import network_inputs
 from skewless.training.manifest import Recording, manifest_digest
 
 # How far a reduced network's AUC may be from the evaluated one.
@@ -36,8 +36,10 @@ CALIBRATION_RECORDINGS = 32
 class Execution:
     """A runtime and its precision, with the recordings that a reduced precision is made and proved with.
 
+    runtime: a name in RUNTIMES. precision: one of that runtime's.
     recordings: those that evaluation measured, for a reduced tier; others are ignored. split: the one to compare on.
-    calibration: recordings, of which the training split's give int8 its value ranges.
+    calibration: recordings, of which the training split's give the value ranges that a precision such as int8 needs.
+    Raises BuildError for a runtime or precision that there is not, and for recordings that are missing.
     """
 
     runtime: str
@@ -51,60 +53,64 @@ class Execution:
             raise BuildError(f"runtime is {self.runtime!r}, expected one of {', '.join(RUNTIMES)}")
         if self.precision not in TIERS:
             raise BuildError(f"precision is {self.precision!r}, expected one of {', '.join(TIERS)}")
-        if self.runtime == "eager" and self.precision != "fp32":
-            raise BuildError(f"runtime 'eager' runs in fp32 only; for {self.precision} choose runtime 'onnxruntime'")
+        if self.precision not in self._class.precisions:
+            others = [name for name in RUNTIMES if self.precision in RUNTIMES[name].precisions]
+            raise BuildError(
+                f"runtime '{self.runtime}' runs in {' and '.join(self._class.precisions)} only; for {self.precision} choose "
+                f"runtime {' or '.join(map(repr, others))}"
+            )
         if self.tier == "reduced" and not self.recordings:
             raise BuildError(
                 f"{self.precision} is proved on the recordings that evaluation measured; give their --manifest"
             )
-        if self.precision == "int8" and not self._calibrating:
+        if self._calibrated and not self._calibrating:
             raise BuildError(
-                "int8 takes its value ranges from training recordings; give a --calibration-manifest with a train split"
+                f"{self.precision} takes its value ranges from training recordings; give a --calibration-manifest with a "
+                "train split"
             )
 
     @classmethod
     def of(cls, runtime: Mapping[str, Any]) -> Execution:
         """What a model.yaml itself asks for."""
-        ((name, params),) = runtime.items()
-        return cls(name, params.get("precision", "fp32"))
+        found, settings = runtime_settings(runtime)
+        return cls(found.name, settings.precision)
 
     @property
     def tier(self) -> str:
         return TIERS[self.precision]
 
     def definition(self, runtime: Mapping[str, Any]) -> dict[str, Any]:
-        """The `runtime` entry of a model.yaml, with the micro-batch that `runtime` has."""
-        ((_, params),) = runtime.items()
-        precision = {} if self.runtime == "eager" else {"precision": self.precision}
-        return {self.runtime: precision | {k: v for k, v in params.items() if k != "precision"}}
+        """The `runtime` entry of an archive's model.yaml: `runtime` where it asks for just this, else one that does, with
+        the same micro-batch."""
+        found, settings = runtime_settings(runtime)
+        if (found.name, settings.precision) == (self.runtime, self.precision):
+            return dict(runtime)
+        return {self.runtime: asdict(replace(settings, precision=self.precision))}
 
     def metadata(self) -> dict[str, Any]:
         """What the archive's metrics record: what executes it, and how far from evaluation it may be."""
-        found: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "name": self.runtime,
             "precision": self.precision,
             "tier": self.tier,
             "tolerance": TOLERANCES[self.tier],
+            "library_versions": library_versions((*self._class.packages, *self._class.build_packages)),
         }
-        if self.runtime == "onnxruntime":
-            found["library_versions"] = {name: version(name) for name in ("onnx", "onnxruntime")}
-        if self.precision == "int8":
+        if self._calibrated:
             chosen = self._calibrating
-            found["calibration"] = {"recordings": len(chosen), "manifest_sha256": manifest_digest(chosen)}
-        return found
+            metadata["calibration"] = {"recordings": len(chosen), "manifest_sha256": manifest_digest(chosen)}
+        return metadata
 
-    def write_weights(self, network: nn.Module, pipeline: Pipeline, folder: Path) -> Path:
-        """Write the file that the runtime loads, weights.safetensors or model.onnx, and return its path."""
-        if self.runtime == "eager":
-            path = folder / "weights.safetensors"
-            save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path)
-            return path
-        # Here, so that building for another runtime does not need onnx.
-        from skewless.packaging.export import export_onnx
-
-        path = folder / "model.onnx"
-        export_onnx(network, path, self.precision, self._images(pipeline))
-        return path
+    def write(self, network: Network, pipeline: Pipeline, folder: Path) -> list[Path]:
+        """Write the files that the runtime loads into the archive's folder; returns their paths, none for a network that is
+        in a file of its own. Raises BuildError for a network that the runtime cannot execute."""
+        examples = self._calibration_inputs(pipeline) if self._calibrated else network_inputs(pipeline)
+        try:
+            return self._class.write(network, folder, RuntimeSettings(self.precision), examples)
+        except BuildError:
+            raise
+        except ValueError as error:
+            raise BuildError(f"runtime '{self.runtime}' in {self.precision}: {error}") from error
 
     def measure(self, service: ModelService, evaluation: Path) -> dict[str, Any]:
         """Compare a reduced service with what evaluation recorded; returns the figures.
@@ -114,22 +120,24 @@ class Execution:
         recordings that are not those that evaluation measured.
         """
         rows, predictions = self._replay(service, evaluation)
-        labels = [int(row["label"]) for row in rows]
-        evaluated = np.array([float(row["probability"]) for row in rows])
-        (now,) = np.array([prediction.scores for prediction in predictions]).T
+        columns = score_columns(service.postprocessor.classes)
+        labels = np.array([int(row["label"]) for row in rows])
+        evaluated = np.array([[float(row[column]) for column in columns] for row in rows])
+        now = np.array([prediction.scores for prediction in predictions])
         references = json.loads((evaluation / "references" / "references.json").read_text(encoding="utf-8"))
         payloads = [(evaluation / "references" / entry["file"]).read_bytes() for entry in references]
         differences = [
             float(np.abs(np.subtract(scored.scores, entry["scores"])).max())
             for entry, scored in zip(references, service.score(payloads), strict=True)
         ]
+        flipped = _chosen(now, service) != _chosen(evaluated, service)
         figures = {
             "split": self.split,
             "recordings": len(rows),
-            "auc": float(roc_auc_score(labels, now)),
-            "auc_evaluated": float(roc_auc_score(labels, evaluated)),
+            "auc": _auc(labels, now),
+            "auc_evaluated": _auc(labels, evaluated),
             "max_dp": float(np.abs(now - evaluated).max()),
-            "flips": int(((now > service.threshold) != (evaluated > service.threshold)).sum()),
+            "flips": int(flipped.sum()),
             "max_dp_references": max(differences),
         }
         allowed = TOLERANCES[self.tier]
@@ -139,10 +147,9 @@ class Execution:
             problems.append(
                 f"{far} of {len(references)} references are off by more than {allowed} (largest {max(differences):.4f})"
             )
-        flipped = (now > service.threshold) != (evaluated > service.threshold)
-        far = int((flipped & (np.abs(evaluated - service.threshold) > allowed)).sum())
+        far = int((flipped & (_margins(evaluated, service) > allowed)).sum())
         if far:
-            problems.append(f"{far} decisions change that were further than {allowed} from the threshold")
+            problems.append(f"{far} decisions change that were further than {allowed} from changing")
         apart = abs(figures["auc"] - figures["auc_evaluated"])
         if not apart <= MAX_AUC_DIFFERENCE:
             problems.append(
@@ -156,7 +163,7 @@ class Execution:
             )
         return figures
 
-    def _replay(self, service: ModelService, evaluation: Path) -> tuple[list[dict[str, str]], list[Any]]:
+    def _replay(self, service: ModelService, evaluation: Path) -> tuple[list[dict[str, str]], list[Prediction]]:
         """Evaluation's rows of `split`, and what the service predicts for the same recordings."""
         with open(evaluation / "predictions.csv", newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == self.split]
@@ -176,14 +183,43 @@ class Execution:
         return rows, predictions
 
     @property
+    def _class(self) -> type[Runtime]:
+        return RUNTIMES[self.runtime]
+
+    @property
+    def _calibrated(self) -> bool:
+        return self.precision in self._class.calibrated
+
+    @property
     def _calibrating(self) -> list[Recording]:
         train = [recording for recording in self.calibration if recording.split == "train"]
         places = np.linspace(0, len(train) - 1, min(CALIBRATION_RECORDINGS, len(train))).round().astype(int)
         return [train[place] for place in places]
 
-    def _images(self, pipeline: Pipeline) -> Iterator[torch.Tensor]:
+    def _calibration_inputs(self, pipeline: Pipeline) -> Iterator[torch.Tensor]:
         for recording in self._calibrating:
             try:
                 yield pipeline(recording.path.read_bytes())
             except InputError as error:
                 raise BuildError(f"calibration recording {recording.file_path} cannot be read: {error}") from error
+
+
+def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Of labels `(N,)` and scores `(N, 1)`, or `(N, C)`: then the mean over the classes, each against the rest."""
+    if scores.shape[1] == 1:
+        return float(roc_auc_score(labels, scores[:, 0]))
+    return float(roc_auc_score(np.eye(scores.shape[1])[labels], scores, average="macro"))
+
+
+def _chosen(scores: np.ndarray, service: ModelService) -> np.ndarray:
+    """The number of the chosen class `(N,)`."""
+    return np.array([service.postprocessor.choose(tuple(each), service.threshold) for each in scores])
+
+
+def _margins(scores: np.ndarray, service: ModelService) -> np.ndarray:
+    """How far each score has to move for another class to be chosen `(N,)`: to the threshold, or with several classes, where
+    the highest and the second move towards one another, half of what is between them."""
+    if scores.shape[1] == 1:
+        return np.abs(scores[:, 0] - service.threshold)
+    second, highest = np.sort(scores, axis=1)[:, -2:].T
+    return (highest - second) / 2

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.signal
 import soundfile
+import torch
 from PIL import Image
+
+from skewless.core.pipeline import Pipeline
 
 SECONDS = 2.5  # a second window, so that what couples windows shows
 
@@ -21,6 +25,12 @@ def probes(reads: str) -> dict[str, bytes]:
     Raises KeyError for anything else.
     """
     return {"audio": recordings, "image": images}[reads]()
+
+
+def network_inputs(pipeline: Pipeline) -> Iterator[torch.Tensor]:
+    """What the pipeline gives for each probe, `(S, ...)`, computed as it is asked for."""
+    for payload in probes(pipeline.reads).values():
+        yield pipeline(payload)
 
 
 def recordings() -> dict[str, bytes]:

@@ -21,7 +21,8 @@ from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import VERSION, build_archive
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
-from skewless.training.fit import Config, fit
+from skewless.training.config import Config
+from skewless.training.fit import fit
 from skewless.training.manifest import ManifestError, Recording, check_contents, read_manifest
 
 STATUS = "status.json"

@@ -10,7 +10,7 @@ from skewless.core.errors import DefinitionError
 from skewless.core.networks.network import Network
 from skewless.core.own_code import OwnCode
 
-__all__ = ["NETWORKS", "Network", "build_network"]
+__all__ = ["NETWORKS", "SHORT", "Network", "build_network"]
 
 NETWORKS: Catalogue[Network] = Catalogue(
     "network",
@@ -26,13 +26,13 @@ NETWORKS: Catalogue[Network] = Catalogue(
 )
 
 # What the one value of a short definition is: `{exported: model.pt2}`, `{torchvision: resnet18, classes: 3}`.
-_SHORT = {"exported": "file", "torchvision": "model"}
+SHORT = {"exported": "file", "torchvision": "model"}
 
 
 def spelt_out(definition: Any) -> Any:
     """A short definition as `name: {parameters}`, any other as it is."""
     if isinstance(definition, dict):
-        for name, parameter in _SHORT.items():
+        for name, parameter in SHORT.items():
             if isinstance(definition.get(name), str):
                 rest = {key: value for key, value in definition.items() if key != name}
                 return {name: {parameter: definition[name], **rest}}

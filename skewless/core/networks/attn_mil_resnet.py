@@ -28,7 +28,6 @@ class AttnMILResNet(Network):
     packages: ClassVar[tuple[str, ...]] = ("torch", "torchvision")
     input_name: ClassVar[str] = "images"
     default_loss: ClassVar[str] = "bag"
-    input_shape = (3, 224, 224)
 
     def __init__(self, dropout: float = 0.3, attn_hidden: int = 128):
         super().__init__()
@@ -67,7 +66,7 @@ class AttnMILResNet(Network):
 
     def head(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """One recording's features `(S, 512)` to its outputs: those of `pool` without the bag dimension."""
-        mask = torch.ones(1, len(features), dtype=torch.bool, device=features.device)
+        mask = features.new_ones((1, features.shape[0]), dtype=torch.bool)
         return {name: value[0] for name, value in self.pool(features.unsqueeze(0), mask).items()}
 
     def forward(

@@ -33,7 +33,6 @@ class KerasResNet50(Network):
 
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     input_name: ClassVar[str] = "images"
-    input_shape = (3, 224, 224)
 
     def __init__(self, classes: int = 3, hidden: int = 256, dropout: float = 0.0):
         super().__init__()

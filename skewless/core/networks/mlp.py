@@ -40,7 +40,6 @@ class MLP(Network):
             raise ValueError(
                 f"hidden {list(hidden)} and dropout {list(dropout)}: expected one dropout per hidden layer"
             )
-        self.input_shape = (inputs,)
         sizes = [inputs, *hidden]
         self.hidden = nn.ModuleList(
             _Layer(sizes[k], sizes[k + 1], dropout[k], norm=k + 1 < len(hidden)) for k in range(len(hidden))

@@ -16,18 +16,17 @@ class Network(nn.Module):
     to `head` in three parts of 4, 1 and 7.
 
     packages: the packages that compute the outputs, as pip names them.
-    input_name: what exported graphs call the input. input_shape: of one row, such as (3, 224, 224).
+    input_name: what exported graphs call the input; they call the outputs as `head` does.
     default_loss: the loss that trains it where a recipe names none; "classes" needs `logits`.
     """
 
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     input_name: ClassVar[str] = "inputs"
     default_loss: ClassVar[str] = "classes"
-    input_shape: tuple[int, ...]
 
     @abstractmethod
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows `(N, *input_shape)` float32 to features `(N, F)`; in eval mode no row depends on another."""
+        """Rows `(N, ...)` float32 to features `(N, F)`; in eval mode no row depends on another."""
 
     @abstractmethod
     def head(self, features: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
@@ -14,13 +15,10 @@ from skewless.core.networks.network import Network
 class AdaptiveConcatPool2d(nn.Module):
     """Maximum, then average, over the whole image: `(N, C, H, W) -> (N, 2 C, 1, 1)`. The order is fastai's."""
 
-    def __init__(self):
-        super().__init__()
-        self.maximum = nn.AdaptiveMaxPool2d(1)
-        self.average = nn.AdaptiveAvgPool2d(1)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.maximum(x), self.average(x)], dim=1)
+        # A window as large as the image: ONNX has no adaptive maximum.
+        maximum = F.max_pool2d(x, tuple(x.shape[-2:]))
+        return torch.cat([maximum, F.adaptive_avg_pool2d(x, 1)], dim=1)
 
 
 class ResNet18Fastai(Network):
@@ -37,7 +35,6 @@ class ResNet18Fastai(Network):
 
     def __init__(self, channels: int = 1, classes: int = 2, dropout: float = 0.5):
         super().__init__()
-        self.input_shape = (channels, 256, 312)
         self.backbone = resnet18(weights=None)
         first, features = self.backbone.conv1, 2 * self.backbone.fc.in_features
         self.backbone.conv1 = nn.Conv2d(channels, first.out_channels, kernel_size=7, stride=2, padding=3, bias=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from skewless.core.networks import Network, build_network
 from skewless.core.runtimes.runtime import DEFAULTS, Runtime, RuntimeSettings
@@ -23,6 +23,17 @@ class EagerRuntime(Runtime):
     def __init__(self, network: Network, device: torch.device, settings: RuntimeSettings = DEFAULTS):
         self.network = network.to(device).eval()
         self.device, self.settings = device, settings
+
+    @classmethod
+    def write(
+        cls, network: Network, folder: Path, settings: RuntimeSettings, examples: Iterable[torch.Tensor]
+    ) -> list[Path]:
+        """weights.safetensors; nothing for a network that is in a file of the folder with its weights."""
+        if network.files:
+            return []
+        path = folder / WEIGHTS
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+        return [path]
 
     @classmethod
     def load(

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from skewless.core.networks import Network
 from skewless.core.runtimes.runtime import DEFAULTS, Runtime, RuntimeSettings
 
 if TYPE_CHECKING:
     import onnxruntime
 
+MODEL = "model.onnx"
+FEATURES, PRECEDING = "encoded_features", "preceding_features"
+
 
 class OnnxRuntime(Runtime):
-    """Runs a graph with the inputs `spectrograms (B, S, 3, 224, 224)` float32 and `segment_mask (B, S)` bool, and the
-    optional `preceding_features (1, T, F)`: features of segments that an earlier run has encoded, from its output
-    `segment_features`. The mask then covers them too: `(B, T + S)`.
+    """Runs a graph for one recording, as onnx_graph.py writes it for any network.
+
+    In: the network's input by its own name, `(S, ...)` float32, and the optional `preceding_features (T, F)`: features of
+    rows that an earlier run has encoded, from its output `encoded_features`. The other outputs are the network's, for all
+    T + S rows.
     """
 
     name = "onnxruntime"
     precisions = ("fp32", "fp16", "int8")
+    calibrated = ("int8",)
     packages = ("onnxruntime",)
+    build_packages = ("onnx", "onnxscript")
 
     def __init__(self, model: Path, device: torch.device, settings: RuntimeSettings = DEFAULTS):
         self.device, self.settings = device, settings
         self._session = _session(model, device)
+        (self._input,) = (value.name for value in self._session.get_inputs())
         self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @classmethod
+    def write(
+        cls, network: Network, folder: Path, settings: RuntimeSettings, examples: Iterable[torch.Tensor]
+    ) -> list[Path]:
+        """model.onnx, which holds the network and its weights, in the settings' precision."""
+        try:
+            from skewless.core.runtimes.onnx_graph import write_graph
+        except ImportError as error:
+            needed = ", ".join((*cls.packages, *cls.build_packages))
+            raise ValueError(
+                f"a graph for ONNX Runtime is written with {needed}: {error}; install them with pip"
+            ) from error
+        write_graph(network, folder / MODEL, settings.precision, examples)
+        return [folder / MODEL]
 
     @classmethod
     def load(
@@ -38,24 +62,22 @@ class OnnxRuntime(Runtime):
 
         Raises ValueError when onnxruntime is not installed or cannot use the device.
         """
-        return cls(archive_dir / "model.onnx", device, settings)
+        return cls(archive_dir / MODEL, device, settings)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Recordings, each `(S_i, ...)` float32, to each one's outputs on the CPU.
 
-        Every recording is a run of its own (B = 1), so its result cannot depend on its neighbours.
+        Every recording is a run of its own, so its result cannot depend on its neighbours.
         """
-        return [self._run(segments) for segments in inputs]
+        return [self._run(rows) for rows in inputs]
 
-    def _run(self, segments: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _run(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         feeds: dict[str, np.ndarray] = {}
-        encoded = 0
-        for chunk in segments.split(self.settings.micro_batch):
-            encoded += len(chunk)
-            feeds |= {"spectrograms": chunk.unsqueeze(0).numpy(), "segment_mask": np.ones((1, encoded), dtype=bool)}
+        for chunk in rows.split(self.settings.micro_batch):
+            feeds[self._input] = chunk.numpy()
             outputs = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
-            feeds["preceding_features"] = outputs.pop("segment_features")
-        return {name: torch.from_numpy(value)[0] for name, value in outputs.items()}
+            feeds[PRECEDING] = outputs.pop(FEATURES)
+        return {name: torch.from_numpy(value) for name, value in outputs.items()}
 
 
 def _session(model: Path, device: torch.device) -> onnxruntime.InferenceSession:

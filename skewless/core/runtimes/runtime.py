@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from skewless.core.networks import Network
 from skewless.core.numerics import TIERS, TOLERANCES
 
 
@@ -37,18 +38,36 @@ DEFAULTS = RuntimeSettings()
 class Runtime(ABC):
     """Executes a network: recordings, each `(S_i, ...)` float32, to each one's outputs by name, on the CPU.
 
-    name: as definitions call it. precisions: those that it has. packages: those that compute the outputs, beside the
-    network's own, as pip names them.
+    One more runtime is one more file with such a class, and its line in RUNTIMES: `write` makes an archive's files where
+    the archive is built, `load` opens them where it is served.
+
+    name: as definitions call it. precisions: those that it has. calibrated: those of them whose value ranges are taken from
+    training recordings when the archive is built. packages: those that compute the outputs, beside the network's own, as
+    pip names them. build_packages: those that only `write` needs.
     precision: of this one. tier: "exact" or "reduced", which sets the tolerance: how far an output may be from the one
     recorded at the build, and a probability from the evaluated one.
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    calibrated: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ("torch",)
+    build_packages: ClassVar[tuple[str, ...]] = ()
 
     settings: RuntimeSettings
     device: torch.device
+
+    @classmethod
+    @abstractmethod
+    def write(
+        cls, network: Network, folder: Path, settings: RuntimeSettings, examples: Iterable[torch.Tensor]
+    ) -> list[Path]:
+        """Write what `load` will need of a trained network into an archive's folder, and return the files' paths.
+
+        examples: the pipeline's outputs `(S_i, ...)` for some recordings, computed as they are asked for. The first gives
+            the shape of a row; a precision in `calibrated` takes its value ranges from all of them.
+        The same network and examples give the same bytes. Raises ValueError for a network that this runtime cannot execute.
+        """
 
     @classmethod
     @abstractmethod

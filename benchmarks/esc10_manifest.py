@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Turn an ESC-style CSV (file, fold, category) into a manifest: one category against the rest, whole folds held out.
 
 Of the folds that are not tested on, every n-th source recording of each category validates, with all its clips.

@@ -1,0 +1,216 @@
+"""Commands between a checkpoint and an archive: import, build, export, skew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from skewless.cli.frame import (
+    PACKAGE,
+    Archive,
+    Checkpoint,
+    Device,
+    Result,
+    Root,
+    app,
+    command,
+    device_of,
+)
+from skewless.errors import UsageError
+
+if TYPE_CHECKING:
+    from skewless.training.manifest import Recording
+
+
+def _runtimes() -> list[str]:
+    from skewless.core.runtimes import RUNTIMES
+
+    return list(RUNTIMES)
+
+
+@command(app, "import", panel=PACKAGE)
+def import_(
+    archive: Archive,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What another framework saved.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The checkpoint to write, such as runs/NAME/best.pth.")],
+    pipeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="YAML",
+            help="What the weights were trained behind; to be given for a PyTorch file, which does not say it.",
+            show_default="ARCHIVE/pipeline.yaml",
+        ),
+    ] = None,
+    replaced: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER",
+            help="A layer before a Keras network, such as a Lambda with preprocess_input, of which you know that the "
+            "pipeline does the same. May be given several times.",
+        ),
+    ] = None,
+    accept_untrained: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LAYER", help="A layer that looks untrained, and rightly so. May be given several times."),
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Labelled files: compare the pipelines that there are on them.")
+    ] = None,
+    root: Root = None,
+    split: Annotated[Literal["val", "test"], typer.Option(help="The part of the manifest.")] = "val",
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="file_path, probability, as recorded after training.")
+    ] = None,
+    variants: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pipelines to compare with.", show_default="ARCHIVE/variants")
+    ] = None,
+    device: Device = "cpu",
+) -> Result:
+    """Turn another framework's file into a checkpoint, without running its code.
+
+    Takes PyTorch checkpoints and state dicts, what fastai's learn.save writes, Keras' .keras and .h5, and networks saved by
+    torch.export. With --manifest, what the file records is held against every pipeline.
+    """
+    from skewless.importers.run import ImportRequest, import_file
+
+    result = import_file(
+        ImportRequest(
+            archive=archive,
+            file=file,
+            out=out,
+            pipeline=pipeline,
+            replaced=replaced or (),
+            accept_untrained=accept_untrained or (),
+            manifest=manifest,
+            root=root,
+            split=split,
+            predictions=predictions,
+            variants=variants,
+            device=str(device_of(device)),
+        )
+    )
+    if warning := result.warning():
+        print(warning)
+    return Result(result.to_dict(), result.text())
+
+
+@command(app, "build", panel=PACKAGE)
+def build(
+    archive: Archive,
+    checkpoint: Checkpoint,
+    evaluation: Annotated[Path, typer.Option(metavar="DIR", help="What `skewless evaluate` wrote for it.")],
+    version: Annotated[str, typer.Option(help="Of the archive, such as 1.0.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The model store.")] = Path("model_store"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a different archive of the same version.")] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="What executes the network.", autocompletion=_runtimes, show_default="model.yaml's"),
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8"] | None, typer.Option(help="Of the runtime.", show_default="fp32")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="The manifest of --evaluation: fp16 and int8 are proved on it.")
+    ] = None,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="The split to prove them on.")] = "test",
+    calibration_manifest: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Its train split gives int8 its value ranges.")
+    ] = None,
+    root: Root = None,
+) -> Result:
+    """Package a checkpoint as NAME-VERSION.mar, if it gives the numbers that evaluation recorded."""
+    from skewless.core.definition import Definition
+    from skewless.packaging.build import build_archive
+    from skewless.packaging.execution import Execution
+    from skewless.training.manifest import read_manifest
+
+    if runtime is None and (precision or manifest or calibration_manifest):
+        raise UsageError("--precision, --manifest and --calibration-manifest go with --runtime")
+
+    def recordings(path: Path | None) -> list[Recording]:
+        return read_manifest(path, root or path.parent, Definition.read(archive).classes) if path else []
+
+    execution = None
+    if runtime is not None:
+        execution = Execution(
+            runtime, precision or "fp32", recordings(manifest), split, recordings(calibration_manifest)
+        )
+    target = build_archive(archive, checkpoint, evaluation, version, out, force=force, execution=execution)
+    size = target.stat().st_size
+    return Result({"archive": target, "bytes": size}, f"{target}: {size / 1e6:.1f} MB")
+
+
+@command(app, "skew", panel=PACKAGE)
+def skew(
+    archive: Archive,
+    candidate: Annotated[Path, typer.Option(metavar="YAML", help="The pipeline to compare.")],
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for index.html and skew.json.")],
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="YAML", help="The pipeline to compare it with.", show_default="ARCHIVE/pipeline.yaml"),
+    ] = None,
+    manifest: Annotated[Path | None, typer.Option(metavar="CSV", help="Labelled files to compare on.")] = None,
+    files: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Or files without labels: a folder, with its subfolders.")
+    ] = None,
+    root: Root = None,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="The part of the manifest.")] = "test",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many files, evenly spread over the list.", show_default="all")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="How many of the most changed recordings to picture.")] = 5,
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Of the decisions.", show_default="the model's own")
+    ] = None,
+    device: Device = "cpu",
+) -> Result:
+    """Compare two pipelines: where they part, how much, and what that does to the decisions of a checkpoint."""
+    from skewless.core.definition import Definition
+    from skewless.skew.compare import skew_report
+    from skewless.skew.report import as_text
+
+    report = skew_report(
+        Definition.read(archive),
+        checkpoint,
+        candidate,
+        out,
+        reference=reference,
+        manifest=manifest,
+        root=root,
+        split=split,
+        files=files,
+        limit=limit,
+        examples=examples,
+        threshold=threshold,
+        device=device_of(device),
+    )
+    where = f"{out / 'index.html'}: open it in a browser; all numbers are in {out / 'skew.json'}"
+    return Result(report, f"{as_text(report)}\n\n{where}")
+
+
+@command(app, "export", panel=PACKAGE)
+def export(
+    archive: Archive,
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, such as model.onnx.")],
+    format: Annotated[
+        Literal["onnx", "pt2"] | None, typer.Option(help="Of the file.", show_default="by the name of --out")
+    ] = None,
+    whole_path: Annotated[
+        bool, typer.Option("--whole-path", help="From the waveform's segments on, with every stage that follows.")
+    ] = False,
+) -> Result:
+    """Write a checkpoint's network as a file for use without this project."""
+    from skewless.core.definition import Definition
+    from skewless.packaging.export import export_checkpoint
+    from skewless.training.checkpoint import load_checkpoint
+
+    chosen = format or out.suffix.removeprefix(".")
+    if chosen not in ("onnx", "pt2"):
+        raise UsageError(f"--out is {out}, expected a name that ends in .onnx or .pt2, or --format")
+    export_checkpoint(Definition.read(archive), load_checkpoint(checkpoint), out, format=chosen, whole_path=whole_path)
+    size = out.stat().st_size
+    return Result({"file": out, "format": chosen, "bytes": size}, f"{out}: {size / 1e6:.1f} MB")

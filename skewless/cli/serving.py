@@ -1,0 +1,280 @@
+"""Commands around a running TorchServe: serve, register, smoke, predict, versions."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from skewless import resources
+from skewless.cli.frame import SERVE, STATE_DIR, Result, StateDir, app, command, publish
+from skewless.errors import LoadError, ServerError, UsageError
+
+if TYPE_CHECKING:
+    from skewless.torchserve.server import Server
+
+serve = typer.Typer(name="serve", help="Start, stop, or look at a TorchServe.")
+app.add_typer(serve, rich_help_panel=SERVE)
+
+ModelStore = Annotated[Path, typer.Option(metavar="DIR", help="Folder of archives (.mar).")]
+Config = Annotated[Path, typer.Option(metavar="FILE", help="TorchServe's settings.", show_default="ours")]
+Ports = Annotated[Literal["free"] | None, typer.Option(help="Free ones, instead of those in the configuration.")]
+Version = Annotated[str | None, typer.Option(help="One of the model's versions.", show_default="the default one")]
+
+
+@command(serve, "start")
+def start(
+    model_store: ModelStore = Path("model_store"),
+    state_dir: StateDir = STATE_DIR,
+    config: Config = resources.CONFIG,
+    ports: Ports = None,
+) -> Result:
+    """Start a server in the background; register archives with it afterwards."""
+    from skewless.torchserve.server import Server
+
+    return _status(Server.start(model_store, state_dir, config, ports))
+
+
+@command(serve, "stop")
+def stop(state_dir: StateDir = STATE_DIR) -> Result:
+    """End the server of a state directory, and its workers."""
+    from skewless.torchserve.server import Server
+
+    server = Server.attach(state_dir)
+    server.stop()
+    return Result({"stopped": server.pid}, f"stopped process {server.pid}")
+
+
+@command(serve, "status")
+def status(state_dir: StateDir = STATE_DIR) -> Result:
+    """Addresses, health and registered versions. Exits with 1 when no server runs, or a model has no worker."""
+    from skewless.torchserve.server import Server
+
+    try:
+        server = Server.attach(state_dir)
+    except UsageError as error:
+        # Nothing is wrong with asking whether a server is running.
+        return Result({"health": "not running", "message": str(error)}, str(error), failed=True)
+    return _status(server)
+
+
+@command(serve, "token")
+def token(
+    kind: Annotated[Literal["inference", "management"], typer.Option(help="What it opens.")] = "inference",
+    state_dir: StateDir = STATE_DIR,
+) -> Result:
+    """Print a token that is good for up to an hour; each renewal ends the one before."""
+    from skewless.torchserve.server import Server
+
+    key = Server.attach(state_dir).token(kind)
+    return Result({"kind": kind, "token": key}, key)
+
+
+@command(serve, "run")
+def run(
+    model_store: ModelStore = Path("model_store"),
+    state_dir: StateDir = STATE_DIR,
+    config: Config = resources.CONFIG,
+    ports: Ports = None,
+) -> None:
+    """Serve every archive of the model store in the foreground, until a signal: for containers.
+
+    Of each model the highest version is the default. The status is printed once every archive is ready.
+    """
+    from skewless.torchserve.server import Server
+    from skewless.torchserve.store import by_version
+
+    # As an exception, so that a signal during the start stops what was started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    server = Server.start(model_store, state_dir, config, ports)
+    try:
+        for archive in sorted(model_store.glob("*.mar"), key=by_version):
+            try:
+                server.register(archive, default=True)
+            except LoadError as error:
+                raise ServerError(f"{archive.name} does not load: {error}") from error
+        publish(_status(server))
+        while server.process():
+            time.sleep(1.0)
+        raise ServerError(f"TorchServe has ended, see {server.state_dir / 'logs'}")
+    except KeyboardInterrupt:
+        return
+    finally:
+        server.stop()
+
+
+@command(serve, "warm", hidden=True)
+def warm() -> Result:
+    """Let numba compile what the voice features need into NUMBA_CACHE_DIR, so that no worker has to wait for it."""
+    import torch
+
+    from skewless.core.stages import STAGES, Signal
+
+    signal_ = Signal(torch.rand(1, 44100, generator=torch.Generator().manual_seed(0)) - 0.5, 22050)
+    for definition in (
+        {"remove_silence": {"top_db": 20.0, "frame_length": 2048, "hop_length": 512}},
+        {"voice_features": {"n_mfcc": 13, "n_fft": 2048, "hop_length": 512, "tempo": "beat_track"}},
+    ):
+        signal_ = STAGES.build(definition)(signal_)
+    count = signal_.data.numel()
+    return Result({"features": count}, f"{count} features of noise: compiled")
+
+
+@command(app, "register", panel=SERVE)
+def register(
+    archive: Annotated[Path, typer.Argument(metavar="MAR", help="An archive (.mar) in the server's model store.")],
+    default: Annotated[bool, typer.Option("--default", help="Serve requests that name no version.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes.", show_default="the archive's model-config.yaml")
+    ] = None,
+    state_dir: StateDir = STATE_DIR,
+) -> Result:
+    """Register an archive with the running server, and wait until its workers are ready.
+
+    Exits with 1 when a worker cannot load it: the handler's own error is printed, the version is unregistered again,
+    and the versions already serving go on.
+    """
+    from skewless.torchserve.server import Server
+
+    server = Server.attach(state_dir)
+    try:
+        model = server.register(archive, workers, default)
+    except LoadError as error:
+        log = server.state_dir / "logs" / "model_log.log"
+        raise LoadError(f"{archive} does not load: {error}\nunregistered again; details in {log}") from error
+    which = "default version" if model["default"] else "not the default version"
+    text = f"{model['name']} {model['version']} registered, {which}, workers {', '.join(model['workers'])}"
+    return Result(model, text)
+
+
+@command(app, "smoke", panel=SERVE)
+def smoke(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A registered model's name.")],
+    version: Version = None,
+    state_dir: StateDir = STATE_DIR,
+) -> Result:
+    """Prove a served model: every reference by REST and gRPC, alone and in batches, against evaluation's numbers.
+
+    Exits with 1 when a probability is further from its reference than the archive's tier allows (exact: 1e-4, reduced:
+    0.02), or a request fails.
+    """
+    from skewless.torchserve.server import Server
+    from skewless.torchserve.smoke import as_table, smoke_test
+
+    rows = smoke_test(Server.attach(state_dir), model, version)
+    passed = sum(row.passed for row in rows)
+    text = f"{as_table(rows)}\n{passed} of {len(rows)} paths serve the reference probabilities"
+    return Result({"model": model, "passed": passed == len(rows), "paths": rows}, text, failed=passed < len(rows))
+
+
+@command(app, "predict", panel=SERVE)
+def predict(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="What the model reads: recordings, images.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help="A registered model's name.")],
+    version: Version = None,
+    json_body: Annotated[bool, typer.Option("--json-body", help="Send the files as JSON, in base64.")] = False,
+    state_dir: StateDir = STATE_DIR,
+) -> Result:
+    """Send files to a served model and print the answer; on standard error, the curl command that does the same.
+
+    Several files travel in one request, and each is answered under its name. Exits with 1 when one is refused.
+    """
+    from skewless.torchserve.client import Client
+    from skewless.torchserve.server import Server
+
+    if missing := [file for file in files if not file.is_file()]:
+        raise UsageError(f"there is no file {missing[0]}")
+    server = Server.attach(state_dir)
+    path = "/".join(filter(None, ("predictions", model, version)))
+    named = dict(zip(_names(files), files, strict=True))
+    print(f"TOKEN=$(skewless serve token --state-dir {shlex.quote(str(state_dir))})")
+    print(_curl(named, json_body, f"{server.inference_url}/{path}"), end="\n\n", flush=True)
+    with Client(server) as client:
+        if len(named) > 1:
+            contents = {name: file.read_bytes() for name, file in named.items()}
+            answer = client.predict_batch_rest(model, contents, version, as_json=json_body)
+        else:
+            json_key = "file" if json_body else None
+            answer = client.predict_rest(model, files[0].read_bytes(), version, json_key=json_key)
+    refused = answer.status != 200 or bool(answer.body.get("failed"))
+    return Result(answer.body, json.dumps(answer.body, indent=2), failed=refused)
+
+
+@command(app, "versions", panel=SERVE)
+def versions(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Only this one's.", show_default=False)] = None,
+    model_store: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of archives.", show_default="the server's, or model_store"),
+    ] = None,
+    state_dir: StateDir = STATE_DIR,
+) -> Result:
+    """List the versions in the model store and those that a server has registered, with what was measured of each.
+
+    Works without a server, too: then nothing is registered.
+    """
+    from skewless.torchserve.server import Server
+    from skewless.torchserve.store import as_table, listing
+
+    try:
+        server = Server.attach(state_dir)
+    except UsageError:
+        server = None
+    store = model_store or (server.model_store if server else Path("model_store"))
+    if not store.is_dir():
+        raise UsageError(f"{store}: no such model store; give --model-store, or build an archive first")
+    registered = server.models() if server and server.model_store == store.resolve() else []
+    rows = [row for row in listing(store, registered) if model in (None, row.name)]
+    return Result({"model_store": store, "versions": rows}, as_table(rows) if rows else f"{store} has no archives")
+
+
+def _status(server: Server) -> Result:
+    """Every setting and registered version. It fails unless all is well."""
+    found = server.status()
+    models: list[dict[str, Any]] = found["models"]
+    lines = [f"{name:12} {value}" for name, value in found.items() if name != "models"]
+    for model in models:
+        default = ", default" if model["default"] else ""
+        lines.append(f"{'model':12} {model['name']} {model['version']}{default}: workers {', '.join(model['workers'])}")
+    if not models:
+        lines.append(f"{'model':12} none; register an archive with `skewless register`")
+    # TorchServe's health leaves out a model that was scaled to no workers at all.
+    well = found["health"] == "Healthy" and all(model["workers"] for model in models)
+    return Result(found, "\n".join(lines), failed=not well)
+
+
+def _names(files: list[Path]) -> list[str]:
+    """A name for each file that curl can send and TorchServe delivers unchanged."""
+    names = [re.sub(r'[",:;=\\\x00-\x1f]|\s$', "_", file.name) for file in files]
+    return names if len(set(names)) == len(names) else [f"{i}.{name}" for i, name in enumerate(names, 1)]
+
+
+def _curl(named: dict[str, Path], as_json: bool, url: str) -> str:
+    call = 'curl -H "Authorization: Bearer $TOKEN"'
+    if as_json:
+        contents = " ".join(f"\"$(base64 < {shlex.quote(str(file))} | tr -d '\\n')\"" for file in named.values())
+        # printf takes a % for the start of a conversion.
+        fields = {name.replace("%", "%%"): "%s" for name in named}
+        body = json.dumps({"files": fields} if len(named) > 1 else {"file": "%s"}, ensure_ascii=False)
+        call = f"printf {shlex.quote(body)} {contents} |\n{call} -H 'Content-Type: application/json'"
+        return f"{call} \\\n     --data-binary @- {url}"
+    if len(named) > 1:
+        forms = [f"-F {shlex.quote(f'files.{name}=@{_form_path(file)}')}" for name, file in named.items()]
+        return " \\\n     ".join([call, *forms, url])
+    (file,) = named.values()
+    sent = f"-H 'Content-Type: application/octet-stream' \\\n     --data-binary {shlex.quote(f'@{file}')}"
+    return f"{call} {sent} {url}"
+
+
+def _form_path(file: Path) -> str:
+    # Outside quotes, curl ends a path at ; and starts another at a comma.
+    if not re.search(r'[";,\\]', str(file)):
+        return str(file)
+    return '"' + re.sub(r'(["\\])', r"\\\1", str(file)) + '"'

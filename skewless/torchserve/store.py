@@ -1,0 +1,94 @@
+"""What lies in a model store, and what its archives say about themselves."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skewless.errors import UsageError
+from skewless.torchserve.server import name_and_version
+
+_FINGERPRINT_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class StoredVersion:
+    """One version of a model: in the store, registered with a server, or both.
+
+    default: whether it answers requests without a version. workers: their states; None where it is not registered.
+    threshold, fingerprint (of the pipeline, its first 12 digits), runtime, tier, auc: of the archive's metrics; None for
+    an archive that has none. problem: why the file cannot be read, if it cannot.
+    """
+
+    name: str
+    version: str
+    archive: str
+    default: bool = False
+    workers: list[str] | None = None
+    threshold: float | None = None
+    fingerprint: str | None = None
+    runtime: str | None = None
+    tier: str | None = None
+    auc: float | None = None
+    problem: str = ""
+
+
+def listing(store: Path, registered: Iterable[Mapping[str, Any]] = ()) -> list[StoredVersion]:
+    """Every archive of a store, by name and version. registered: the rows of `Server.models()`."""
+    rows = {row["archive"]: row for row in registered}
+    found = []
+    for path in sorted(store.glob("*.mar"), key=by_version):
+        row = rows.pop(path.name, None)
+        state = {"default": row["default"], "workers": row["workers"]} if row else {}
+        try:
+            name, version = name_and_version(path)
+        except UsageError as error:
+            found.append(StoredVersion(path.stem, "", path.name, problem=str(error)))
+            continue
+        found.append(StoredVersion(name, version, path.name, **state, **_measured(path)))
+    # The file may have been removed since it was registered.
+    gone = [
+        StoredVersion(r["name"], r["version"], r["archive"], r["default"], r["workers"], problem="the file is gone")
+        for r in rows.values()
+    ]
+    return found + gone
+
+
+def by_version(archive: Path) -> list[tuple[bool, int, str]]:
+    """A key to sort archives by: numbers in a name compare as numbers, so 1.10 is above 1.9."""
+    parts = re.split(r"(\d+)", archive.stem)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+
+
+def as_table(rows: list[StoredVersion]) -> str:
+    """The rows as aligned text."""
+    lines = [["model", "version", "registered", "workers", "threshold", "pipeline", "runtime", "tier", "AUC"]]
+    for row in rows:
+        registered = "-" if row.workers is None else "default" if row.default else "yes"
+        figures = (row.threshold, row.fingerprint, row.runtime, row.tier, None if row.auc is None else f"{row.auc:.4f}")
+        workers = "-" if row.workers is None else ",".join(row.workers) or "none"
+        shown = ["-" if figure is None else str(figure) for figure in figures]
+        lines.append([row.name, row.version or "-", registered, workers, *shown])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(text + [f"{row.archive}: {row.problem}" for row in rows if row.problem])
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """The figures that an archive's metrics.json has; empty for an archive that was not built by `skewless build`."""
+    with zipfile.ZipFile(path) as archive:
+        if "metrics.json" not in archive.namelist():
+            return {}
+        metrics = json.loads(archive.read("metrics.json"))
+    return {
+        "threshold": metrics["threshold"],
+        "fingerprint": metrics["pipeline_fingerprint"][:_FINGERPRINT_DIGITS],
+        "runtime": metrics["runtime"]["name"],
+        "tier": metrics["runtime"]["tier"],
+        "auc": metrics["evaluation"]["auc"],
+    }
