@@ -108,7 +108,8 @@ def make(name: str, folder: Path) -> None:
     from skewless.core.definition import Definition
     from skewless.demos import write_corpus
     from skewless.evaluation.evaluate import evaluate
-    from skewless.training.fit import config_of, fit
+    from skewless.training.config import config_of
+    from skewless.training.fit import fit
     from skewless.training.manifest import read_manifest
     from skewless.training.recipe import read_recipe
 

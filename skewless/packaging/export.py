@@ -60,7 +60,9 @@ def _write_onnx(network: Network, example: torch.Tensor, folder: Path) -> Path:
 
 def _write_pt2(network: Network, example: torch.Tensor, folder: Path) -> Path:
     path = folder / "model.pt2"
-    torch.export.save(program_of(_Answer(network), example.shape[1:]), path)
+    program = program_of(_Answer(network), example.shape[1:])
+    program.example_inputs = None  # zeros, which nothing reads
+    torch.export.save(program, path)
     return path
 
 

@@ -95,7 +95,18 @@ def graph_of(module: nn.Module, inputs: Mapping[str, Sequence[int]], outputs: Se
             )
         except Exception as error:  # torch's own kinds, for what ONNX has no operator for
             raise ValueError(f"the network cannot be written as an ONNX graph: {innermost(error)}") from error
+    _name_dimensions(written.model_proto.graph)
     return written.model_proto
+
+
+def _name_dimensions(graph: onnx.GraphProto) -> None:
+    """Call the number of rows of an input `x` x_rows, where torch.export has symbols such as s10."""
+    symbols = {value.type.tensor_type.shape.dim[0].dim_param: f"{value.name}_rows" for value in graph.input}
+    for value in (*graph.input, *graph.output):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param:
+                words = dimension.dim_param.split(" ")
+                dimension.dim_param = " ".join(symbols.get(word, word) for word in words)
 
 
 def _check(path: Path, network: Network, example: torch.Tensor) -> None:
