@@ -17,7 +17,7 @@ import typer
 
 from skewless.cli import app
 from skewless.cli.frame import Result, command
-from skewless.errors import BuildError, LoadError, ServerError, UsageError
+from skewless.errors import BuildError, CheckFailedError, LoadError, ServerError, UsageError
 from skewless.torchserve.store import as_table, listing
 from skewless.training.config import Config
 from tests.conftest import ROOT, run_skewless
@@ -147,6 +147,7 @@ def test_wrong_use_exits_with_2_and_names_the_value(arguments: tuple[str, ...], 
         (UsageError("there is none"), 2),
         (ServerError("it does not answer"), 1),
         (LoadError("the self-test failed"), 1),
+        (CheckFailedError("the scores of training are not reproduced"), 1),
         (BuildError("the references are not reproduced"), 2),
         (ValueError("rate is -1"), 2),
         (OSError("no space left"), 2),

@@ -475,9 +475,9 @@ def test_predict_prints_a_command_that_does_the_same(server: Server, good, tmp_p
         )
         if len(chosen) > 1:
             names = [re.sub("[;=,]", "_", path.name) for path in chosen]
-            assert sorted(json.loads(shown)["results"]) == sorted(names)
+            assert sorted(json.loads(sent.stdout)["results"]) == sorted(names)
         # A convolution's last bits may change with the requests that happen to be batched together.
-        assert _rounded(json.loads(again.stdout)) == _rounded(json.loads(shown))
+        assert _rounded(json.loads(again.stdout)) == _rounded(json.loads(sent.stdout))
 
 
 def _rounded(value):
