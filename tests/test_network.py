@@ -9,7 +9,7 @@ from torch import nn
 
 from skewless.core.networks import build_network
 from skewless.core.networks.attn_mil_resnet import AttnMILResNet
-from skewless.core.runtimes import EagerRuntime
+from skewless.core.runtimes.eager import EagerRuntime
 from tests.oracles import cough as oracle
 from tests.recordings import one_thread  # noqa: F401
 
