@@ -29,6 +29,7 @@ def checkpoint_of(
     weights = {} if definition.network_files else network.state_dict()
     return {
         "config": dict(file.config),
+        "training_code": {},
         "pipeline": definition.pipeline.to_dict(),
         "pipeline_fingerprint": definition.pipeline.fingerprint,
         "network": definition.network,
