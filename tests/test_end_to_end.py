@@ -463,7 +463,6 @@ def test_predict_prints_a_command_that_does_the_same(server: Server, good, tmp_p
         asked = ("predict", *chosen, "--model", "cough", *options, "--state-dir", server.state_dir)
         sent = run_skewless(*asked, check=False)
         assert sent.returncode == status, sent.stdout + sent.stderr
-        shown = sent.stdout
         # The first line sets TOKEN.
         _, _, command = sent.stderr.partition("\n")
         command = command.partition("\n\n")[0]

@@ -114,15 +114,6 @@ def build(
     version: Annotated[str, typer.Option(help="Of the archive, such as 1.0.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The model store.")] = Path("model_store"),
     force: Annotated[bool, typer.Option("--force", help="Replace a different archive of the same version.")] = False,
-    references: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CHOICE",
-            help="The recordings that travel in the archive: evaluation (those of the measured split that it kept), "
-            "synthetic, none, or a file of yours; files may be given one by one.",
-            show_default="evaluation",
-        ),
-    ] = None,
     accept_untrained: AcceptUntrained = None,
     runtime: Annotated[
         str | None,
