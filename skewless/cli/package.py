@@ -129,6 +129,14 @@ def build(
     calibration_manifest: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Its train split gives int8 its value ranges.")
     ] = None,
+    references: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="none|synthetic|FILE",
+            help="Recordings that travel in the archive: none, only computed ones, or a file, which may be given several times.",
+            show_default="those that evaluation kept",
+        ),
+    ] = None,
     root: Root = None,
 ) -> Result:
     """Package a checkpoint as NAME-VERSION.mar, if it gives the numbers that evaluation recorded."""
