@@ -1,4 +1,8 @@
-"""What can go wrong in building an archive, and between us and TorchServe, by whose turn it is."""
+"""What can go wrong outside of the core, by whose turn it is; the command makes its exit codes of these."""
+
+
+class CheckFailedError(ValueError):
+    """A check ran and failed: nothing is wrong with what was asked for, but its numbers are not the ones recorded."""
 
 
 class BuildError(ValueError):

@@ -23,7 +23,7 @@ COUGH = ROOT / "archive" / "cough"
 
 def build(demonstration: Demonstration, out: Path, **changes) -> Path:
     arguments = {"archive": COUGH, "checkpoint_path": demonstration.checkpoint, "evaluation": demonstration.evaluation}
-    return build_archive(**(arguments | {"version": "1.0", "out": out} | changes))
+    return build_archive(**(arguments | {"version": "1.0", "out": out} | changes)).path
 
 
 def test_the_same_inputs_give_the_same_bytes(demonstration: Demonstration, tmp_path: Path):

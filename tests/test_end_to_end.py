@@ -448,22 +448,25 @@ def test_ten_thousand_form_fields(server: Server, client: Client, good):
     assert client.predict_rest("cough", good[0]).status == 200
 
 
-def test_the_request_script_prints_a_command_that_does_the_same(server: Server, good, tmp_path):
+def test_predict_prints_a_command_that_does_the_same(server: Server, good, tmp_path):
     for name in ("a.wav", "it's; 100% b=c, ü.wav"):
         (tmp_path / name).write_bytes(good[0])
     (tmp_path / "bad.txt").write_bytes(b"this is no audio")
     paths = sorted(tmp_path.iterdir())
     for chosen, options, status in (
         (paths[:1], [], 0),
-        (paths[:1], ["--json"], 0),
+        (paths[:1], ["--json-body"], 0),
         ([paths[0], paths[2]], [], 0),
         (paths, [], 1),
-        (paths, ["--json"], 1),
+        (paths, ["--json-body"], 1),
     ):
-        sent = run_script("request", *chosen, *options, "--state-dir", server.state_dir, check=False)
+        asked = ("predict", *chosen, "--model", "cough", *options, "--state-dir", server.state_dir)
+        sent = run_skewless(*asked, check=False)
         assert sent.returncode == status, sent.stdout + sent.stderr
-        command, _, shown = sent.stdout.partition("\n\n")
-        _, _, command = command.partition("\n")
+        shown = sent.stdout
+        # The first line sets TOKEN.
+        _, _, command = sent.stderr.partition("\n")
+        command = command.partition("\n\n")[0]
         again = subprocess.run(
             ["bash", "-c", f"set -o pipefail; {command} -sS"],
             env=os.environ | {"TOKEN": server.token("inference")},
@@ -472,9 +475,9 @@ def test_the_request_script_prints_a_command_that_does_the_same(server: Server, 
         )
         if len(chosen) > 1:
             names = [re.sub("[;=,]", "_", path.name) for path in chosen]
-            assert sorted(json.loads(shown)["results"]) == sorted(names)
+            assert sorted(json.loads(sent.stdout)["results"]) == sorted(names)
         # A convolution's last bits may change with the requests that happen to be batched together.
-        assert _rounded(json.loads(again.stdout)) == _rounded(json.loads(shown))
+        assert _rounded(json.loads(again.stdout)) == _rounded(json.loads(sent.stdout))
 
 
 def _rounded(value):

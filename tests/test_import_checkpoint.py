@@ -22,8 +22,10 @@ from torch import nn
 from skewless.core.definition import Definition
 from skewless.core.networks import Network
 from skewless.core.pipeline import Pipeline
+from skewless.core.service import ModelService
 from skewless.evaluation.evaluate import evaluate
-from skewless.evaluation.scores import predict, service_of
+from skewless.evaluation.scores import Prediction, predict, service_of
+from skewless.importers import evidence
 from skewless.importers.agreement import check_config, check_servable
 from skewless.importers.checkpoint import write
 from skewless.importers.errors import ImportFileError
@@ -235,6 +237,18 @@ def test_a_pipeline_that_exists_to_compare_with_is_refused():
     check_servable(PIPELINE)
     with pytest.raises(ImportFileError, match="decode_pydub, which exists to compare with and cannot be served"):
         check_servable(Pipeline.from_yaml(COUGH / "variants" / "onnx_backend.yaml"))
+
+
+def test_a_pipeline_without_its_statistics_is_refused(tmp_path: Path):
+    """A scaler's mean and deviation are in no file of weights: whoever imports has to give them."""
+    talent = Pipeline.from_yaml(ROOT / "archive" / "talent" / "pipeline.yaml")
+    with pytest.raises(ImportFileError, match=r"standard_scaler without the statistics .*give it as --pipeline"):
+        check_servable(talent)
+    fitted = talent.to_dict()
+    for stage in fitted["stages"]:
+        if "standard_scaler" in stage:
+            stage["standard_scaler"] |= {"mean": [0.0] * 37, "std": [1.0] * 37}
+    check_servable(Pipeline.from_dict(fitted))
 
 
 def fresh() -> Network:
@@ -489,6 +503,25 @@ def test_verdict(trials: list[Trial], doubtful: bool, text: str):
         raise AssertionError(verdict.text)
 
 
+def test_several_classes_are_compared_by_all_their_scores(monkeypatch: pytest.MonkeyPatch):
+    rows = [Recording(str(i), Path(str(i)), i % 3, "val") for i in range(9)]
+    right = np.eye(3)[[r.label for r in rows]] * 0.5 + 0.25
+    scores = {"right": right, "wrong": np.roll(right, 1, axis=1), "one": np.where([0, 0, 1], right, 0.3)}
+    monkeypatch.setattr(evidence, "service_of", lambda *_: ModelService(DEFINITION, None, {}))
+    monkeypatch.setattr(
+        evidence,
+        "predict",
+        lambda _, rows, name: [Prediction(r, "", tuple(s), ()) for r, s in zip(rows, scores[name], strict=True)],
+    )
+    recorded = {r.file_path: tuple(s) for r, s in zip(rows[:6], right, strict=False)}
+    candidates = dict.fromkeys(scores, PIPELINE)
+    trials = compare(*(DEFINITION, {}, candidates, rows, torch.device("cpu")), recorded_auc=1.0, recorded=recorded)
+    # Of three classes, each against the rest: all right, each half wrong, and one right beside two that are guessed.
+    assert [t.auc for t in trials] == pytest.approx([1.0, 0.25, 2 / 3])
+    assert [t.max_dp for t in trials] == pytest.approx([0.0, 0.5, 0.45])
+    assert judge(trials, rows).text.startswith("right reproduces the recorded probabilities")
+
+
 def imported(file: Path, out: Path, pipeline: Path | None = COUGH / "pipeline.yaml", **more: Any) -> ImportResult:
     return import_file(ImportRequest(archive=COUGH, file=file, out=out, pipeline=pipeline, **more))
 
@@ -607,7 +640,8 @@ def test_an_imported_checkpoint_is_evaluated_and_packaged(demonstration: Demonst
     assert [p.name for p in new.parent.iterdir()] == ["best.pth"]
     evaluation, store = tmp_path / "evaluation", tmp_path / "store"
     arguments = ("--checkpoint", new, "--manifest", demonstration.manifest, "--out", evaluation)
-    run_skewless("evaluate", "archive/cough", *arguments)
+    # With one thread, as the demonstration was evaluated: then to the last digit.
+    run_skewless("evaluate", "archive/cough", *arguments, environment={"OMP_NUM_THREADS": "1"})
     for name in ("predictions.csv", "references/references.json"):
         assert (evaluation / name).read_bytes() == (demonstration.evaluation / name).read_bytes()
     arguments = ("--checkpoint", new, "--evaluation", evaluation, "--version", "1.0", "--out", store)

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +32,7 @@ from skewless.evaluation.feature_pictures import write_pictures
 from skewless.training.manifest import read_manifest
 from skewless.training.offline_augmentation import NOISE_DB, STRETCH, augmented_copies
 from tests import recordings
+from tests.conftest import run_skewless
 from tests.oracles import talent as oracle
 from tests.recordings import one_thread  # noqa: F401
 
@@ -312,6 +312,7 @@ def test_the_network_is_the_keras_model():
     from tests.keras_on_torch import keras
 
     assert keras.backend.backend() == "torch"
+    torch.manual_seed(0)
     network = Definition.read(ARCHIVE).build_network()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -561,13 +562,9 @@ def test_pictures_want_voice_features_and_both_classes(manifest, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_exits_with_2(manifest, tmp_path, monkeypatch, capsys):
-    script = str(ROOT / "scripts" / "feature_pictures.py")
-    monkeypatch.setattr(
-        sys, "argv", [script, "--manifest", str(manifest), "--out", str(tmp_path / "out"), "--split", "test"]
-    )
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(script, run_name="__main__")
-    assert caught.value.code == 2
-    assert "feature_pictures.py: there is no recording of class poor, good" in capsys.readouterr().err
+def test_the_command_line_exits_with_2(manifest, tmp_path):
+    given = ("--manifest", manifest, "--out", tmp_path / "out", "--split", "test")
+    result = run_skewless("features", ARCHIVE, *given, check=False)
+    assert result.returncode == 2
+    assert "there is no recording of class poor, good" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -5,25 +5,32 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-import yaml
 from sklearn.metrics import f1_score
 
+from skewless.core.definition import Definition
+from skewless.core.networks import Network
 from skewless.core.pipeline import Pipeline
+from skewless.evaluation.evaluate import evaluate
 from skewless.evaluation.metrics import at_threshold, best_threshold, measure_classes
 from skewless.training.augment import augment
 from skewless.training.cache import StageCache, UnreadableRecordings
 from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
 from skewless.training.config import Config, config_of
-from skewless.training.fit import _copies_of, _measure_batch_statistics, fit
-from skewless.training.losses import objective_of
-from skewless.training.manifest import ManifestError, manifest_digest, read_manifest, select
-from tests.conftest import ROOT, Demonstration, run_script
+from skewless.training.fit import fit
+from skewless.training.inputs import measure_batch_statistics
+from skewless.training.losses import Batch, ClassLoss
+from skewless.training.manifest import ManifestError, Recording, manifest_digest, read_manifest, select
+from skewless.training.offline_augmentation import augmented_recordings
+from skewless.training.recipe import read_recipe
+from tests.conftest import ROOT, Demonstration, run_skewless
 
 COUGH = ROOT / "archive" / "cough"
 
@@ -87,15 +94,15 @@ def test_unreadable_recordings_are_named_and_stop_the_run(demonstration: Demonst
     shutil.copytree(demonstration.corpus, corpus)
     recordings = read_manifest(corpus / "manifest.csv", corpus)
     bad = [r for r in recordings if r.split == "train"][:2]
-    for recording in bad:
-        recording.path.write_bytes(b"not audio")
+    for number, recording in enumerate(bad):
+        recording.path.write_bytes(b"not audio %d" % number)
     cache = StageCache(tmp_path / "cache", Pipeline.from_yaml(COUGH / "pipeline.yaml"))
     with pytest.raises(UnreadableRecordings) as error:
         cache.prepare(recordings)
     assert list(error.value.failures) == [r.file_path for r in bad]
     assert len(cache.prepare(recordings, skip_unreadable=True)) == len(recordings) - 2
-    train = ("--manifest", corpus / "manifest.csv", "--out", tmp_path / "run", "--cache", tmp_path / "cache")
-    result = run_script("train", *train, check=False)
+    given = ("--manifest", corpus / "manifest.csv", "--out", tmp_path / "run", "--cache", tmp_path / "cache")
+    result = run_skewless("train", COUGH, *given, check=False)
     assert result.returncode == 2
     assert all(r.file_path in result.stderr for r in bad)
     assert not (tmp_path / "run" / "best.pth").exists()
@@ -113,8 +120,7 @@ def test_augmentation_keeps_the_range_and_is_seeded():
 def _fit(demonstration: Demonstration, out: Path, cache: Path, **changes):
     return fit(
         read_manifest(demonstration.manifest, demonstration.corpus)[:20] + _validation(demonstration),
-        Pipeline.from_yaml(COUGH / "pipeline.yaml"),
-        yaml.safe_load((COUGH / "model-config.yaml").read_text()),
+        Definition.read(COUGH),
         Config(**({"epochs": 2, "learning_rate": 1e-3} | changes)),
         out,
         cache_dir=cache,
@@ -152,9 +158,10 @@ def test_checkpoint_holds_what_the_number_depends_on(demonstration: Demonstratio
     raw = torch.load(demonstration.checkpoint, weights_only=True)
     wanted = {"epoch", "model_state_dict", "optimizer_state_dict", "val_auc", "val_ap", "config", "pipeline"}
     wanted |= {"pipeline_fingerprint", "library_versions", "manifest_sha256", "network", "postprocess", "history"}
+    wanted |= {"code", "training_code", "validation_scores", "stage_sources", "stage_outputs"}
     assert wanted <= set(raw)
     assert raw["pipeline_fingerprint"] == Pipeline.from_yaml(COUGH / "pipeline.yaml").fingerprint
-    assert network_of(raw).training is False
+    assert network_of(raw, Definition.read(COUGH)).training is False
 
 
 def test_checkpoint_refuses_code_and_foreign_files(demonstration: Demonstration, tmp_path: Path):
@@ -213,36 +220,32 @@ def test_evaluation_writes_numbers_and_pictures(demonstration: Demonstration):
         assert float(np.float32(value)) == value
 
 
+def _evaluate(demonstration: Demonstration, rows: list[Recording], out: Path, skip_unreadable: bool = False) -> dict:
+    checkpoint = load_checkpoint(demonstration.checkpoint)
+    given = (Definition.read(COUGH), checkpoint, demonstration.checkpoint, rows, "test", out, torch.device("cpu"))
+    return evaluate(*given, skip_unreadable=skip_unreadable)
+
+
 def test_evaluating_twice_gives_the_same_files(demonstration: Demonstration, tmp_path: Path):
-    arguments = ("--checkpoint", demonstration.checkpoint, "--manifest", demonstration.manifest)
-    run_script("evaluate", *arguments, "--out", tmp_path)
+    _evaluate(demonstration, read_manifest(demonstration.manifest, demonstration.corpus), tmp_path)
     for name in ("metrics.json", "predictions.csv", "references/references.json"):
         assert (tmp_path / name).read_bytes() == (demonstration.evaluation / name).read_bytes()
 
 
-def test_evaluation_names_unreadable_recordings_or_skips_them(demonstration: Demonstration, tmp_path: Path):
-    corpus = tmp_path / "corpus"
-    shutil.copytree(demonstration.corpus, corpus)
-    recordings = read_manifest(corpus / "manifest.csv", corpus)
-    bad = next(r for r in recordings if r.split == "test")
-    bad.path.write_bytes(b"not audio")
-    arguments = (
-        "--checkpoint",
-        demonstration.checkpoint,
-        "--manifest",
-        corpus / "manifest.csv",
-        "--out",
-        tmp_path / "out",
-    )
-    result = run_script("evaluate", *arguments, check=False)
-    assert result.returncode == 2
-    assert bad.file_path in result.stderr
+def test_evaluation_names_unreadable_recordings_or_skips_them(demonstration: Demonstration, tmp_path: Path, capsys):
+    rows = read_manifest(demonstration.manifest, demonstration.corpus)
+    bad = next(r for r in rows if r.split == "test")
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"not audio")
+    rows = [replace(r, path=broken) if r == bad else r for r in rows]
+    with pytest.raises(UnreadableRecordings, match=bad.file_path):
+        _evaluate(demonstration, rows, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    result = run_script("evaluate", *arguments, "--skip-unreadable")
-    assert bad.file_path in result.stdout
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = _evaluate(demonstration, rows, tmp_path / "out", skip_unreadable=True)
+    assert bad.file_path in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     assert metrics["skipped"] == 1
-    assert metrics["recordings"] == sum(r.split == "test" for r in recordings) - 1
+    assert metrics["recordings"] == sum(r.split == "test" for r in rows) - 1
 
 
 # --- groups, splits and classes ---------------------------------------------------------------------------------------
@@ -318,20 +321,55 @@ def test_a_plateau_halves_the_rate():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epoch": 3}, "unknown training setting epoch"),
-        ({"schedule": "linear"}, "schedule is 'linear', expected cosine or plateau"),
-        ({"trained": "tail"}, "trained is 'tail', expected all or head"),
-        ({"copies": -1}, "copies -1"),
-        ({"learning_rate": "1e-3"}, "learning_rate is '1e-3', expected float"),
-        ({"epochs": 4.5}, "epochs is 4.5, expected int"),
-        ({"augmentation": "false"}, "augmentation is 'false', expected bool"),
-        ({1: 2}, "unknown training setting 1"),
+        ({"epoch": 3}, "training settings: unknown parameter epoch; it takes: epochs, batch_size"),
+        ({"schedule": "linear"}, "schedule is 'linear', expected 'cosine' or 'plateau'"),
+        ({"trained": "tail"}, "trained is 'tail', expected 'all' or 'head'"),
+        ({"offline_augmentation": -1}, "offline_augmentation is -1, expected at least 0"),
+        ({"learning_rate": "1e-3"}, r"learning_rate is '1e-3', expected a number \(float\)"),
+        ({"learning_rate": 0}, r"learning_rate is 0\.0, expected a number above 0"),
+        ({"epochs": 4.5}, r"epochs is 4\.5, expected a whole number \(int\)"),
+        ({"batch_size": 1}, "batch_size is 1, expected at least 2"),
+        ({"augmentation": "false"}, "augmentation is 'false', expected true or false"),
+        ({1: 2}, "unknown parameter 1"),
         ({"trained": "head"}, "trained: head needs augmentation: false"),
+        ({"loss": {"bag": {}, "classes": {}}}, "expected one 'name: {parameters}'"),
+        ({"loss": "bag"}, "loss is 'bag', expected"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         config_of(settings)
+
+
+def test_a_config_made_in_python_is_checked_too():
+    with pytest.raises(ValueError, match="schedule is 'linear'"):
+        Config(schedule="linear")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "corpus: {kind: talent}\ntrainings: {epochs: 3}\n",
+            "has the unknown part trainings; it takes: corpus, training",
+        ),
+        ("corpus: {kind: talent}\n", "has no 'training' with parameters below it"),
+        ("training: 3\n", "has no 'training' with parameters below it"),
+        ("[3]\n", r"is \[3\], expected the parts corpus and training"),
+        ("training: {epochs: 3", "is not YAML"),
+    ],
+)
+def test_a_recipe_has_two_parts(tmp_path: Path, text: str, message: str):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(tmp_path / "recipe.yaml", "training")
+
+
+@pytest.mark.parametrize("name", ["cough", "orca", "talent", "portrait"])
+def test_the_archives_recipes_are_settings(name: str):
+    recipe = ROOT / "archive" / name / "recipe.yaml"
+    assert config_of(read_recipe(recipe, "training")).epochs > 1
+    assert read_recipe(recipe, "corpus")["kind"] == name
 
 
 def test_figures_of_three_classes():
@@ -354,8 +392,10 @@ def test_figures_of_three_classes():
 # --- what is trained --------------------------------------------------------------------------------------------------
 
 
-class TwoLayers(torch.nn.Module):
-    """An encoder with batch normalisation, and a head."""
+class TwoLayers(Network):
+    """An encoder with batch normalisation, and a head: `(N, 4)` to logits `(N, 3)`."""
+
+    input_shape: ClassVar[tuple[int, ...]] = (4,)
 
     def __init__(self):
         super().__init__()
@@ -373,18 +413,21 @@ class TwoLayers(torch.nn.Module):
 def test_every_segment_has_its_recordings_label_and_every_class_its_weight():
     network = TwoLayers().eval()
     inputs, labels = [torch.randn(2, 4), torch.randn(1, 4)], torch.tensor([2, 0])
-    loss = objective_of(network, torch.tensor([1.0, 2.0, 3.0]), 0.0, frozen=False).loss(inputs, labels)
+    counts = torch.tensor([1.0, 2.0, 3.0])
+    loss = ClassLoss()(network, Batch(inputs, labels, counts))
     logs = torch.log_softmax(network.logits(network.encode(torch.cat(inputs))), dim=1)
     weights = {0: 6 / 3 / 1, 2: 6 / 3 / 3}
     chosen = [(0, 2), (1, 2), (2, 0)]
     expected = -sum(weights[k] * logs[n, k] for n, k in chosen) / 3
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    features = [network.encode(x) for x in inputs]
+    assert torch.equal(ClassLoss()(network, Batch(features, labels, counts, frozen=True)), loss)
 
 
 def test_batch_statistics_of_a_frozen_encoder_are_the_training_sets():
     network = TwoLayers()
     x = torch.randn(12, 4)
-    _measure_batch_statistics(network, lambda number: x[number : number + 1], range(12), batch_size=4)
+    measure_batch_statistics(network, lambda number: x[number : number + 1], range(12), batch_size=4)
     hidden = network.body[0](x).detach()
     assert torch.allclose(network.body[1].running_mean, hidden.mean(dim=0), atol=1e-6)
     variances = torch.stack([part.var(dim=0) for part in hidden.split(4)]).mean(dim=0)
@@ -402,8 +445,7 @@ def test_augmentation_of_what_is_no_spectrogram_is_refused(demonstration: Demons
     with pytest.raises(ValueError, match="augmentation is of scaled spectrograms, pipeline 'orca' gives values in dB"):
         fit(
             read_manifest(demonstration.manifest, demonstration.corpus),
-            Pipeline.from_yaml(orca / "pipeline.yaml"),
-            yaml.safe_load((orca / "model-config.yaml").read_text()),
+            Definition.read(orca),
             Config(),
             tmp_path / "run",
             cache_dir=tmp_path / "cache",
@@ -416,7 +458,7 @@ def test_copies_stay_in_their_recordings_split_and_group(tmp_path: Path):
     manifest = write_rows(tmp_path / "m.csv", "file_path,label,split,group", rows)
     recordings = read_manifest(manifest, tmp_path)
     soundfile.write(recordings[0].path, np.sin(np.arange(8000) / 5), 8000)
-    made = _copies_of(recordings, Config(copies=2), tmp_path / "copies")
+    made = augmented_recordings(recordings, 2, 42, tmp_path / "copies")
     # b.wav cannot be read: it has no copies, and preparing the originals says why.
     assert [(r.file_path, r.label, r.split, r.group) for r in made] == [
         ("a.wav, copy 1", 1, "train", "ada"),
@@ -425,4 +467,4 @@ def test_copies_stay_in_their_recordings_split_and_group(tmp_path: Path):
     contents = {r.path.read_bytes() for r in [recordings[0], *made]}
     assert len(contents) == 3
     before = [r.path.stat().st_mtime_ns for r in made]
-    assert [r.path.stat().st_mtime_ns for r in _copies_of(recordings, Config(copies=2), tmp_path / "copies")] == before
+    assert [r.path.stat().st_mtime_ns for r in augmented_recordings(recordings, 2, 42, tmp_path / "copies")] == before

@@ -60,7 +60,7 @@ def measured(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_what_was_accepted_at_import_is_accepted_by_the_build(measured: Measured, tmp_path: Path):
     built = build_archive(measured.archive, measured.checkpoint, measured.evaluation, "1.0", tmp_path)
-    with zipfile.ZipFile(built) as archive:
+    with zipfile.ZipFile(built.path) as archive:
         assert json.loads(archive.read("metrics.json"))["accepted_untrained"] == ["output"]
 
 
@@ -79,7 +79,7 @@ def test_the_build_takes_names_too(measured: Measured, tmp_path: Path):
         built = build_archive(measured.archive, checkpoint, evaluation, "1.0", tmp_path, accept_untrained=["output"])
     finally:
         metrics.write_text(before)
-    with zipfile.ZipFile(built) as archive:
+    with zipfile.ZipFile(built.path) as archive:
         assert json.loads(archive.read("metrics.json"))["accepted_untrained"] == ["output"]
 
 

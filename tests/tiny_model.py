@@ -14,7 +14,8 @@ import soundfile
 import torch
 
 from skewless.core.definition import Definition
-from skewless.training.fit import Config, fit
+from skewless.training.config import Config
+from skewless.training.fit import fit
 from skewless.training.manifest import read_manifest
 
 COUGH = Path(__file__).resolve().parents[1] / "archive" / "cough"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import typer
+from pydantic import ValidationError
 
 # Imported for the commands that they add to `app`.
 from skewless.cli import model, package, retraining, serving  # noqa: F401
@@ -22,10 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else NAME
-        # pydantic's words around its message.
-        message = error.format_message().replace("Value error, ", "")
-        print(f"{where}: {message} See `{where} --help`", file=sys.stderr)
+        print(f"{where}: {_explained(error).rstrip('.')}; see `{where} --help`", file=sys.stderr)
         sys.exit(MISUSED)
     except typer.Abort:
         sys.exit(FAILED)
     sys.exit(code or 0)
+
+
+def _explained(error: typer.TyperException) -> str:
+    """What is wrong with a command line, with the value."""
+    if not (isinstance(error, typer.BadParameter) and isinstance(error.__cause__, ValidationError) and error.param):
+        return error.format_message()
+    found = error.__cause__.errors()[0]
+    expected = found["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    return f"{error.param.get_error_hint()} is {found['input']!r}: {expected}"

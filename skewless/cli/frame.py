@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from skewless.errors import ServerError, UsageError
+from skewless.errors import CheckFailedError, ServerError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +154,7 @@ def _exit_codes(where: str) -> Iterator[None]:
         yield
     except UsageError as error:
         _end(f"{where}: {error}", MISUSED, error)
-    except ServerError as error:
+    except (ServerError, CheckFailedError) as error:
         _end(f"{where}: {error}", FAILED, error)
     except ModuleNotFoundError as error:
         if (error.name or "skewless").partition(".")[0] == "skewless":

@@ -114,10 +114,8 @@ _MEANINGS = {
     "plateau_patience": "Epochs without a lower validation loss before a plateau halves the rate.",
     "seed": "Of every random number.",
     "loss": "As in a recipe, such as '{bag: {segment_loss: 0.5}}'.",
-    "segment_loss": "Weight of a segment head's loss.",
     "augmentation": "Of spectrograms, anew in every epoch.",
     "offline_augmentation": "Augmented copies of every training recording.",
-    "copies": "Augmented copies of every training recording.",
     "backbone_weights": "'imagenet', a ResNet-18 state-dict file, or nothing.",
     "trained": "all, or head: only what follows the encoder.",
 }

@@ -21,13 +21,26 @@ from skewless.cli.frame import (
 from skewless.errors import UsageError
 
 if TYPE_CHECKING:
+    from skewless.packaging.references import Choice
     from skewless.training.manifest import Recording
+
+
+AcceptUntrained = Annotated[
+    list[str] | None,
+    typer.Option(metavar="LAYER", help="A layer that looks untrained, and rightly so. May be given several times."),
+]
 
 
 def _runtimes() -> list[str]:
     from skewless.core.runtimes import RUNTIMES
 
     return list(RUNTIMES)
+
+
+def _precisions() -> list[str]:
+    from skewless.core.numerics import TIERS
+
+    return list(TIERS)
 
 
 @command(app, "import", panel=PACKAGE)
@@ -51,10 +64,7 @@ def import_(
             "pipeline does the same. May be given several times.",
         ),
     ] = None,
-    accept_untrained: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LAYER", help="A layer that looks untrained, and rightly so. May be given several times."),
-    ] = None,
+    accept_untrained: AcceptUntrained = None,
     manifest: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Labelled files: compare the pipelines that there are on them.")
     ] = None,
@@ -104,12 +114,22 @@ def build(
     version: Annotated[str, typer.Option(help="Of the archive, such as 1.0.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The model store.")] = Path("model_store"),
     force: Annotated[bool, typer.Option("--force", help="Replace a different archive of the same version.")] = False,
+    references: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHOICE",
+            help="The recordings that travel in the archive: evaluation (those of the measured split that it kept), "
+            "synthetic, none, or a file of yours; files may be given one by one.",
+            show_default="evaluation",
+        ),
+    ] = None,
+    accept_untrained: AcceptUntrained = None,
     runtime: Annotated[
         str | None,
         typer.Option(help="What executes the network.", autocompletion=_runtimes, show_default="model.yaml's"),
     ] = None,
     precision: Annotated[
-        Literal["fp32", "fp16", "int8"] | None, typer.Option(help="Of the runtime.", show_default="fp32")
+        str | None, typer.Option(help="Of the runtime.", autocompletion=_precisions, show_default="fp32")
     ] = None,
     manifest: Annotated[
         Path | None, typer.Option(metavar="CSV", help="The manifest of --evaluation: fp16 and int8 are proved on it.")
@@ -117,6 +137,14 @@ def build(
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="The split to prove them on.")] = "test",
     calibration_manifest: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Its train split gives int8 its value ranges.")
+    ] = None,
+    references: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="none|synthetic|FILE",
+            help="Recordings that travel in the archive: none, only computed ones, or a file, which may be given several times.",
+            show_default="those that evaluation kept",
+        ),
     ] = None,
     root: Root = None,
 ) -> Result:
@@ -137,9 +165,34 @@ def build(
         execution = Execution(
             runtime, precision or "fp32", recordings(manifest), split, recordings(calibration_manifest)
         )
-    target = build_archive(archive, checkpoint, evaluation, version, out, force=force, execution=execution)
-    size = target.stat().st_size
-    return Result({"archive": target, "bytes": size}, f"{target}: {size / 1e6:.1f} MB")
+    built = build_archive(
+        archive,
+        checkpoint,
+        evaluation,
+        version,
+        out,
+        force=force,
+        execution=execution,
+        references=_references(references or ["evaluation"]),
+        accept_untrained=accept_untrained or (),
+    )
+    size = built.path.stat().st_size
+    for warning in built.warnings:
+        print(f"note: {warning}")
+    data = {"archive": built.path, "bytes": size, "warnings": built.warnings}
+    return Result(data, f"{built.path}: {size / 1e6:.1f} MB")
+
+
+def _references(given: list[str]) -> Choice:
+    """One of the words, or files."""
+    match given:
+        case ["evaluation"]:
+            return "evaluation"
+        case ["synthetic"]:
+            return "synthetic"
+        case ["none"]:
+            return "none"
+    return [Path(each) for each in given]
 
 
 @command(app, "skew", panel=PACKAGE)

@@ -11,13 +11,14 @@ from skewless.core.numerics import TOLERANCES
 from skewless.core.selftest.compare import StageDiffersError, network_input
 from skewless.core.service import ModelService
 from skewless.core.versions import changed_versions, library_versions
+from skewless.errors import CheckFailedError
 from skewless.evaluation.scores import Prediction
 from skewless.training.record import stage_sources
 
 ALLOWED = TOLERANCES["exact"]
 
 
-class NotReproducedError(ValueError):
+class NotReproducedError(CheckFailedError):
     """Evaluation gets other scores than training did; the message says by how much, and what has changed in between."""
 
 
