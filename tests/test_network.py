@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import get_model
 
+from skewless.core.errors import DefinitionError
 from skewless.core.networks import build_network
 from skewless.core.networks.attn_mil_resnet import AttnMILResNet
+from skewless.core.runtimes import RuntimeSettings
 from skewless.core.runtimes.eager import EagerRuntime
 from tests.oracles import cough as oracle
 from tests.recordings import one_thread  # noqa: F401
@@ -160,7 +163,7 @@ def test_masked_attention_is_zero_and_the_rest_sums_to_one(network):
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 32])
 def test_flat_batch_equals_one_by_one(network, recordings, one_by_one, micro_batch):
-    outputs = EagerRuntime(network, torch.device("cpu"), micro_batch=micro_batch)(recordings)
+    outputs = EagerRuntime(network, torch.device("cpu"), RuntimeSettings(micro_batch=micro_batch))(recordings)
     assert len(outputs) == len(recordings)
     for x, out, expected in zip(recordings, outputs, one_by_one, strict=True):
         assert set(out) == set(expected)
@@ -180,7 +183,7 @@ def test_runtime_bounds_the_batch_and_switches_dropout_off(recordings):
         def head(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"features": features}
 
-    outputs = EagerRuntime(Probe().train(), torch.device("cpu"), micro_batch=10)(recordings)
+    outputs = EagerRuntime(Probe().train(), torch.device("cpu"), RuntimeSettings(micro_batch=10))(recordings)
     assert seen == [(10, False, True), (10, False, True), (4, False, True)]
     for x, out in zip(recordings, outputs, strict=True):
         assert torch.equal(out["features"], x.flatten(1)[:, :2])
@@ -190,9 +193,9 @@ def test_runtime_of_nothing_is_nothing(network):
     assert EagerRuntime(network, torch.device("cpu"))([]) == []
 
 
-def test_runtime_refuses_an_empty_micro_batch(network):
+def test_runtime_refuses_an_empty_micro_batch():
     with pytest.raises(ValueError, match="micro_batch is 0"):
-        EagerRuntime(network, torch.device("cpu"), micro_batch=0)
+        RuntimeSettings(micro_batch=0)
 
 
 def test_padding_does_not_reach_batch_statistics_in_training(recordings):
@@ -211,3 +214,74 @@ def test_padding_does_not_reach_batch_statistics_in_training(recordings):
     loose = statistics_after(*padded(recordings[:3], to=9, fill=50.0))
     for name in tight:
         assert torch.equal(tight[name], loose[name]), name
+
+
+# Each with the place of the layer that is replaced.
+BACKBONES = {
+    "resnet18": "fc",
+    "mobilenet_v3_small": "classifier.3",
+    "efficientnet_b0": "classifier.1",
+    "convnext_tiny": "classifier.2",
+    "densenet121": "classifier",
+    "shufflenet_v2_x0_5": "fc",
+}
+
+
+@pytest.mark.parametrize("model", BACKBONES)
+def test_a_torchvision_classifier_is_torchvisions_own(model: str):
+    """With the same weights it gives the logits that torchvision gives for so many classes."""
+    torch.manual_seed(0)
+    network = build_network({"torchvision": model, "classes": 5}).eval()
+    theirs = get_model(model, weights=None, num_classes=5).eval()
+    weights = network.state_dict()
+    renamed = {
+        f"{BACKBONES[model]}.{name.removeprefix('classifier.')}"
+        if name.startswith("classifier.")
+        else name.removeprefix("backbone."): value
+        for name, value in weights.items()
+    }
+    theirs.load_state_dict(renamed, strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = network.encode(images)
+        outputs = network.head(features)
+        assert features.shape == (2, network.classifier.in_features)
+        assert torch.equal(outputs["class_logits"], theirs(images))
+    assert float(outputs["class_probabilities"].sum()) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "convnext_tiny", "vit_b_16"])
+def test_a_torchvision_classifier_for_other_channels(model: str):
+    """Only the number of channels of the first convolution changes."""
+    with torch.device("meta"):
+        two = build_network({"torchvision": {"model": model, "classes": 3, "channels": 2}})
+        three = build_network({"torchvision": {"model": model, "classes": 3}})
+        assert two.encode(torch.zeros(4, 2, 224, 224)).shape[0] == 4
+    shapes = {name: value.shape for name, value in three.state_dict().items()}
+    changed = {name: value.shape for name, value in two.state_dict().items() if value.shape != shapes[name]}
+    assert set(two.state_dict()) == set(shapes)
+    ((name, shape),) = changed.items()
+    assert (shape[1], shapes[name][1], name) == (
+        2,
+        3,
+        next(n for n in shapes if n.endswith("weight") and len(shapes[n]) == 4),
+    )
+    one, other = (next(m for m in network.modules() if isinstance(m, nn.Conv2d)) for network in (two, three))
+    for setting in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+        assert getattr(one, setting) == getattr(other, setting)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"model": "squeezenet1_1"}, "model is 'squeezenet1_1', whose last layer is AdaptiveAvgPool2d"),
+        ({"model": "googlenet"}, "model is 'googlenet', which has auxiliary outputs in training"),
+        ({"model": "resnet19"}, "model is 'resnet19', expected one of torchvision's: alexnet, "),
+        ({"model": "fcn_resnet50"}, "model is 'fcn_resnet50', expected one of torchvision's"),
+        ({"model": "resnet18", "classes": 0}, "classes is 0 and channels 3, expected 1 or more"),
+        ({"model": "resnet18", "height": 224}, "unknown parameter height"),
+    ],
+)
+def test_torchvision_models_that_are_no_classifiers_are_refused(parameters, message: str):
+    with pytest.raises(DefinitionError, match=message):
+        build_network({"torchvision": {"classes": 3, **parameters}})

@@ -62,8 +62,6 @@ from skewless.core.networks import Network
 class Colours(Network):
     """Pictures `(N, 3, 8, 8)` to the probabilities of three classes."""
 
-    input_shape = (3, 8, 8)
-
     def __init__(self, hidden: int):
         super().__init__()
         self.body, self.last = nn.Linear(3 * 8 * 8, hidden), nn.Linear(hidden, 3)

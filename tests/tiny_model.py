@@ -34,7 +34,6 @@ class TinyNetwork(Network):
     linear layer."""
 
     input_name = "images"
-    input_shape = (3, 224, 224)
 
     def __init__(self):
         super().__init__()
@@ -53,7 +52,7 @@ class TinyNetwork(Network):
         return {
             "bag_probability": torch.sigmoid(logits.mean()),
             "segment_probabilities": torch.sigmoid(logits),
-            "segment_attention": torch.full_like(logits, 1 / len(logits)),
+            "segment_attention": torch.full_like(logits, 1 / logits.shape[0]),
         }
 '''
 

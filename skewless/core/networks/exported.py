@@ -102,7 +102,7 @@ class ExportedNetwork(Network):
         """Rows `(N, *input_shape)` to all outputs side by side `(N, F)`, each flattened; per recording `x` itself."""
         if self.per == "recording":
             return x
-        return torch.cat([value.reshape(len(value), -1).float() for value in self._run(x)], dim=1)
+        return torch.cat([value.reshape(value.shape[0], -1).float() for value in self._run(x)], dim=1)
 
     def head(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """One recording's rows of `encode` to its outputs by name: per segment each `(S, ...)`, per recording as the

@@ -95,8 +95,9 @@ def graph_of(module: nn.Module, inputs: Mapping[str, Sequence[int]], outputs: Se
             )
         except Exception as error:  # torch's own kinds, for what ONNX has no operator for
             raise ValueError(f"the network cannot be written as an ONNX graph: {innermost(error)}") from error
-    _name_dimensions(written.model_proto.graph)
-    return written.model_proto
+    model = written.model_proto  # made anew each time it is asked for
+    _name_dimensions(model.graph)
+    return model
 
 
 def _name_dimensions(graph: onnx.GraphProto) -> None:
