@@ -31,7 +31,8 @@ class Catalogue(Generic[T]):
     names: name to "module:Class". `catalogue["mel"]` is the class, and iterating gives the names in order.
     """
 
-    def __init__(self, kind: str, base: type[T], names: Mapping[str, str]):
+    # Not type[T], which to a type checker is a class that can be instantiated: most bases are abstract.
+    def __init__(self, kind: str, base: type, names: Mapping[str, str]):
         self.kind, self.base = kind, base
         self._names = dict(sorted(names.items()))
 
@@ -58,11 +59,11 @@ class Catalogue(Generic[T]):
             raise DefinitionError(
                 f"{self.kind} '{name}' is in a file of the archive's folder, which was not given; give the archive's folder"
             )
-        found = code.load(own["file"], own["name"], self.base, self.kind)
+        found: type[T] = code.load(own["file"], own["name"], self.base, self.kind)
         # In traces and reports its own name stands beside ours.
-        if getattr(found, "name", "") in self._names:
+        if (called := getattr(found, "name", "")) in self._names:
             raise DefinitionError(
-                f"{self.kind} '{name}' calls itself '{found.name}', which is the name of one of ours; choose another name"
+                f"{self.kind} '{name}' calls itself '{called}', which is the name of one of ours; choose another name"
             )
         return found
 

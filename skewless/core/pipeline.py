@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import yaml
@@ -18,7 +18,7 @@ import yaml
 from skewless.core.align import align, changed_parameters, definition_name
 from skewless.core.errors import DefinitionError
 from skewless.core.own_code import OwnCode, file_of
-from skewless.core.stages import STAGES, Payload, PipelineError, Signal, Stage
+from skewless.core.stages import STAGES, InputLimits, Payload, PipelineError, Signal, Stage
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,21 @@ class Pipeline:
         if not isinstance(definition["stages"], list):
             raise PipelineError("'stages' must be a list of 'name: {parameters}'")
         code = None if folder is None else OwnCode(folder)
-        stages, files = [], set()
+        stages: list[Stage] = []
+        files: set[str] = set()
         try:
             for item in definition["stages"]:
                 name, params = STAGES.split(item)
                 stages.append(STAGES.find(name, code).from_params(params))
-                files |= {file_of(name)} - {None}
+                if (file := file_of(name)) is not None:
+                    files.add(file)
             digests = code.digests(files) if code and files else {}
         except PipelineError:
             raise
         except DefinitionError as error:
             raise PipelineError(str(error)) from error
         recorded = definition.get("code", digests)
-        if changed := [file for file in {**digests, **recorded} if digests.get(file) != recorded.get(file)]:
+        if changed := [each for each in {**digests, **recorded} if digests.get(each) != recorded.get(each)]:
             raise PipelineError(
                 f"{', '.join(sorted(changed))} in the folder is not the code that this pipeline was written with; put the "
                 "file back, or train again with the new one"
@@ -128,7 +130,7 @@ class Pipeline:
         """
         return self.run(payload).data
 
-    def run(self, payload: bytes, *, whole: bool = False, **limits: float) -> Signal:
+    def run(self, payload: bytes, *, whole: bool = False, **limits: Unpack[InputLimits]) -> Signal:
         """As calling the pipeline, with the metadata about the input beside the tensor.
 
         limits: `max_duration_s` and `max_pixels`, as Payload has them.
@@ -141,7 +143,9 @@ class Pipeline:
         """Every stage's output by stage name, in order."""
         return {name: signal.data for name, signal in self.steps(payload, whole=whole)}
 
-    def steps(self, payload: bytes, *, whole: bool = False, **limits: float) -> Iterator[tuple[str, Signal]]:
+    def steps(
+        self, payload: bytes, *, whole: bool = False, **limits: Unpack[InputLimits]
+    ) -> Iterator[tuple[str, Signal]]:
         """Run stage by stage, yielding `(stage name, signal)`."""
         head_s = (lambda rate: math.inf) if whole else self.head_s
         yield from self.resume(Signal(Payload(payload, head_s, **limits)))

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,8 @@ def parse_request(fields: Mapping[str, Any], headers: Mapping[str, str], limits:
     large; 415 for text where a file is expected.
     """
     name, batch = _choose(fields, limits)
-    source, read, document = fields, _file, {}
+    source, document = fields, {}
+    read: Callable[[str, Any, Limits], bytes] = _file
     if name is not None and _is_json(fields[name]):
         source = document = _json_fields(fields[name], limits)
         read = _base64_file

@@ -18,7 +18,7 @@ from skewless.core.postprocess import Part, Postprocessor
 from skewless.core.request import BatchRequest, Limits, Request, RequestError
 from skewless.core.runtimes import Runtime, load_runtime
 from skewless.core.selftest import SelfTest, self_test
-from skewless.core.stages import InputError, Signal
+from skewless.core.stages import InputError, InputLimits, Signal
 
 METRICS = "metrics.json"
 
@@ -125,7 +125,7 @@ class ModelService:
         return self.metrics.get("threshold", self.postprocessor.threshold)
 
     @property
-    def input_limits(self) -> dict[str, float]:
+    def input_limits(self) -> InputLimits:
         """What one input may be at most, as `Pipeline.run` takes it."""
         return {"max_duration_s": self.limits.max_duration_s, "max_pixels": self.limits.max_pixels}
 

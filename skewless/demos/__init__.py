@@ -41,4 +41,4 @@ def write_corpus(
     if seed < 0 or count < module.MIN_COUNT:
         raise CorpusError(f"seed {seed}, count {count}: expected at least 0 and {module.MIN_COUNT}")
     made = {"synthesiser": kind, "version": module.VERSION, "seed": seed, "count": count}
-    return write(out, made, progress(module.examples(count, seed)), module.__doc__)
+    return write(out, made, progress(module.examples(count, seed)), module.__doc__ or "")

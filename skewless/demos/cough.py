@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -481,7 +482,9 @@ def _encode_with_ffmpeg(clip: Clip, container: str, codec: str, bits_per_second:
     layout = ("mono", "stereo")[len(clip.samples) - 1]
     file = io.BytesIO()
     with av.open(file, "w", format=container, options={"fflags": "+bitexact"}) as output:
-        stream = output.add_stream(codec, rate=clip.rate, layout=layout, options={"flags": "+bitexact"})
+        # Which kind of stream it is follows from the codec, which is an audio one.
+        added = output.add_stream(codec, rate=clip.rate, layout=layout, options={"flags": "+bitexact"})
+        stream = cast(av.AudioStream, added)
         stream.bit_rate = bits_per_second * len(clip.samples)
         frame = av.AudioFrame.from_ndarray(clip.samples, format="fltp", layout=layout)
         frame.sample_rate, frame.pts = clip.rate, 0

@@ -16,7 +16,7 @@ many there are; only the splits do.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,12 @@ def _stream(seed: int, *key: int) -> RandomState:
 
 
 def _shade(colour: Colour, factor: float) -> Colour:
-    return tuple(int(min(255, max(0, level * factor))) for level in colour)
+    return _colour(min(255, max(0, level * factor)) for level in colour)
+
+
+def _colour(levels: Iterable[float]) -> Colour:
+    red, green, blue = (int(level) for level in levels)
+    return red, green, blue
 
 
 @dataclass(frozen=True)
@@ -207,8 +212,8 @@ def _avatar(pen: Pen, rng: RandomState, colours: list[Colour]) -> None:
             pen.box(side * 0.68, 0, 0.08, 0.18, _shade(main, 0.6))
             pen.box(side * 0.27, -0.12, 0.15, 0.13, (250, 250, 250))
             pen.box(side * 0.27, -0.12, 0.07, 0.07, (20, 30, 60))
-        for x in (-0.3, -0.15, 0, 0.15, 0.3):
-            pen.box(x, 0.28, 0.055, 0.09, (250, 250, 250))
+        for across in (-0.3, -0.15, 0, 0.15, 0.3):
+            pen.box(across, 0.28, 0.055, 0.09, (250, 250, 250))
     else:
         pen.oval(0, 0, 0.9, 0.9, _shade(main, 1.5))
         pen.oval(0, -0.22, 0.3, 0.34, _shade(main, 0.75))
@@ -222,7 +227,7 @@ def _background(rng: RandomState, size: tuple[int, int], colours: list[Colour]) 
     """Plain, or running from one colour to another with some blots out of focus."""
     # Walls and skies: muted, neither dark nor bright.
     muted = [
-        tuple(int(125 + 0.15 * (level - 128) + shift) for level in colour)
+        _colour(125 + 0.15 * (level - 128) + shift for level in colour)
         for colour, shift in zip(colours, rng.uniform(-15, 15, 5), strict=True)
     ]
     first, second = (np.array(muted[i], float) for i in (2, 3))
@@ -243,17 +248,20 @@ def picture(artist: RandomState, shared: RandomState, own: RandomState, label: s
     """One file and the end of its name. artist, shared, own: streams of the artist, of the three pictures that belong
     together, and of this one."""
     style = Style.of(artist)
-    colours = [tuple(int(v) for v in shared.randint(30, 245, 3)) for _ in range(5)]
+    colours = [_colour(shared.randint(30, 245, 3)) for _ in range(5)]
     pen = Pen(style)
     _DRAW[label](pen, own, colours)
     side = int(shared.choice((96, 160, 224, 320, 480, 640)))
-    size = (side, int(side * shared.uniform(1, 1.3)))[:: int(shared.choice((1, -1)))]
+    width, height = (side, int(side * shared.uniform(1, 1.3)))[:: int(shared.choice((1, -1)))]
+    size = (width, height)
     figure = pen.image.rotate(shared.uniform(-15, 15), Image.Resampling.BICUBIC)
     figure = figure.resize([int(min(size) * shared.uniform(1.1, 1.35))] * 2, Image.Resampling.LANCZOS)
-    at = tuple(int((whole - figure.width) * shared.uniform(0.3, 0.7)) for whole in size)
+    left, top = (int((whole - figure.width) * shared.uniform(0.3, 0.7)) for whole in size)
+    at = (left, top)
     ground = _background(shared, size, colours)
-    light = np.linspace(*shared.uniform(0.9, 1.1, 2), size[0])[None, :, None]
-    grain = own.normal(0, style.grain, (size[1], size[0], 1))
+    first, last = shared.uniform(0.9, 1.1, 2)
+    light = np.linspace(first, last, width)[None, :, None]
+    grain = own.normal(0, style.grain, (height, width, 1))
     kind, grey = FORMATS[shared.randint(3)], shared.rand() < 0.1
     turned, clear = int(shared.choice((1, 1, 1, 1, 3, 6, 8))), shared.rand() < 0.12 and kind != "JPEG"
 

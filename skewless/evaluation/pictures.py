@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -11,6 +11,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
 def draw_evaluation(out: Path, labels: np.ndarray, scores: np.ndarray, metrics: dict[str, Any]) -> None:
@@ -19,6 +20,7 @@ def draw_evaluation(out: Path, labels: np.ndarray, scores: np.ndarray, metrics: 
     labels `(N,)`; scores `(N,)`, or `(N, C)` with a column per class, which are then drawn each against the rest.
     metrics: what skewless.evaluation.evaluate measured of them.
     """
+    marks: tuple[tuple[float, float], ...] = ()
     if scores.ndim == 1:
         curves = [("", labels, scores)]
         point, name = metrics["at_best_threshold"], f"threshold {metrics['threshold']:.2f}"
@@ -32,7 +34,7 @@ def draw_evaluation(out: Path, labels: np.ndarray, scores: np.ndarray, metrics: 
         marks = ((table[0, 1] / table[0].sum(), point["recall"]), (point["recall"], point["precision"]))
     else:
         curves = [(f"{c}, ", labels == k, scores[:, k]) for k, c in enumerate(metrics["classes"])]
-        table, marks = np.array(metrics["confusion"]), ()
+        table = np.array(metrics["confusion"])
 
     figure, axes = plt.subplots(figsize=(5, 5))
     for prefix, positive, probability in curves:
@@ -96,7 +98,7 @@ def draw_training(path: Path, history: list[dict[str, float]], chosen: int) -> N
     axes.plot(epochs, [h["val_auc"] for h in history], label="validation AUC")
     axes.axvline(chosen, linestyle=":", color="grey", label="chosen epoch")
     axes.set(xlabel="epoch", title="Training")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    cast(MaxNLocator, axes.xaxis.get_major_locator()).set_params(integer=True)
     save(figure, axes, path)
 
 

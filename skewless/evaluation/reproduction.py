@@ -80,8 +80,8 @@ def _first_stage(service: ModelService, checkpoint: Mapping[str, Any], predictio
             except StageDiffersError as error:
                 found.append((order.index(error.stage), p.recording.file_path, error))
     if found:
-        _, file, error = min(found, key=lambda each: each[0])
-        return f"The first stage that differs: stage '{error.stage}' on {file}: {error.difference}."
+        _, file, first = min(found, key=lambda each: each[0])
+        return f"The first stage that differs: stage '{first.stage}' on {file}: {first.difference}."
     if replayed:
         return f"No stage differs on the {replayed} recordings whose stages were recorded: what differs is behind them."
     return "Of the recordings whose stages were recorded, none is among these."

@@ -49,8 +49,8 @@ def check_config(config: Mapping[str, Any], definition: Definition) -> list[str]
             if isinstance(config[name], int | float) and parameters[name] == config[name]:
                 agreed.append(name)
             else:
-                ours = f"{network}.{name} is {parameters[name]!r} in the archive's model.yaml"
-                contradictions.append(f"  {name} is {config[name]!r} in the checkpoint, {ours}")
+                has = f"{network}.{name} is {parameters[name]!r} in the archive's model.yaml"
+                contradictions.append(f"  {name} is {config[name]!r} in the checkpoint, {has}")
     if contradictions:
         listed = "\n".join(contradictions)
         raise ImportFileError(

@@ -163,24 +163,27 @@ def judge(trials: Sequence[Trial], rows: Sequence[Recording]) -> Verdict:
     """
     chosen = trials[0]
     if chosen.mean_dp is not None:
-        measured = sorted((t for t in trials if t.mean_dp is not None), key=lambda t: t.mean_dp)
-        best = measured[0]
-        alike = [t for t in measured if t.max_dp <= TOLERANCES["exact"] or t.mean_dp <= 2 * best.mean_dp]
-        reproduced = best.max_dp <= TOLERANCES["exact"]
+        by_dp = sorted(
+            ((t.mean_dp, t.max_dp, t) for t in trials if t.mean_dp is not None and t.max_dp is not None),
+            key=lambda measured: measured[0],
+        )
+        least_mean, least_max, best = by_dp[0]
+        alike = [t for mean, largest, t in by_dp if largest <= TOLERANCES["exact"] or mean <= 2 * least_mean]
+        reproduced = least_max <= TOLERANCES["exact"]
         what, more = "the recorded probabilities", ""
-        shown = {t.name: f"mean |dp| {t.mean_dp:.1e}, largest {t.max_dp:.1e}" for t in measured}
+        shown = {t.name: f"mean |dp| {mean:.1e}, largest {largest:.1e}" for mean, largest, t in by_dp}
     elif chosen.auc_gap is not None:
-        measured = sorted((t for t in trials if t.auc_gap is not None), key=lambda t: t.auc_gap)
-        best = measured[0]
+        by_gap = sorted(((t.auc_gap, t) for t in trials if t.auc_gap is not None), key=lambda measured: measured[0])
+        least, best = by_gap[0]
         counts = np.bincount([r.label for r in rows])
         noise = max(0.5 / min(n * (len(rows) - n) for n in counts), _AUC_NOISE)
-        alike = [t for t in measured if t.auc_gap - best.auc_gap <= noise]
-        reproduced = best.auc_gap <= noise
+        alike = [t for gap, t in by_gap if gap - least <= noise]
+        reproduced = least <= noise
         what, more = (
             "the recorded validation AUC",
             " Recorded probabilities (--predictions) tell pipelines apart far better.",
         )
-        shown = {t.name: f"off by {t.auc_gap:.4f}" for t in measured}
+        shown = {t.name: f"off by {gap:.4f}" for gap, t in by_gap}
     else:
         return Verdict("Nothing recorded to compare with: neither a val_auc of this split nor --predictions.", False)
     if not reproduced:

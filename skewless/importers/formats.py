@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from skewless.core.definition import Definition
 from skewless.core.networks import NETWORKS
@@ -67,11 +68,12 @@ def read(path: Path, format: str, definition: Definition, replaced: Collection[s
         )
     network, _ = NETWORKS.split(definition.network)
     if format == "keras":
+        from skewless.core.networks.keras_resnet50 import KerasResNet50
         from skewless.importers.keras_file import read_keras
 
         if network != "keras_resnet50":
             raise ImportFileError(f"{definition.folder} has the network {definition.network}, expected keras_resnet50")
-        built, classes = definition.build_network(), definition.classes
+        built, classes = cast(KerasResNet50, definition.build_network()), definition.classes
         if len(classes) != built.predictions.out_features:
             raise ImportFileError(
                 f"{definition.folder}: {len(classes)} classes for {built.predictions.out_features} outputs"

@@ -126,7 +126,7 @@ def _read_h5(
             stored, version = list(_by_variable(top)), _text(top.attrs.get("keras_version", ""))
         else:
             stored = list(_by_number(root, config))
-        weights, generators = _state_dict(stored, network, graph and graph.dense)
+        weights, generators = _state_dict(stored, network, None if graph is None else graph.dense)
         if graph is None:
             notes.append("it holds weights alone: what its layers compute, and what comes before them, is not known")
         else:

@@ -6,7 +6,7 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> float | int:
     return np.frombuffer(data, dtype.code).item()
 
 
-_SAFE_GLOBALS = [
+_SAFE_GLOBALS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_NumpyDtype, "numpy.dtype"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
     (_numpy_scalar, "numpy.core.multiarray.scalar"),  # as numpy 1 spells it

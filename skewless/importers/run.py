@@ -132,7 +132,9 @@ def import_file(request: ImportRequest) -> ImportResult:
     network = definition.build_network() if definition.network_files else network_from(file.weights, definition)
     notes = [*file.notes, *require_trained(network, request.accept_untrained), _NO_PROOF]
     checkpoint = checkpoint_of(file, network, definition, request.accept_untrained)
-    comparison = None if request.manifest is None else _compare(request, path, definition, checkpoint, file.val_auc)
+    comparison = None
+    if request.manifest is not None:
+        comparison = _compare(request, request.manifest, path, definition, checkpoint, file.val_auc)
     write(request.out, checkpoint)
     packaged = Pipeline.from_yaml(request.archive / PIPELINE, definition.folder)
     if packaged.with_fitted_stages_of(definition.pipeline).fingerprint != definition.pipeline.fingerprint:
@@ -191,10 +193,15 @@ def _candidates(request: ImportRequest, path: Path, definition: Definition) -> d
 
 
 def _compare(
-    request: ImportRequest, path: Path, definition: Definition, checkpoint: dict[str, Any], val_auc: float | None
+    request: ImportRequest,
+    manifest: Path,
+    path: Path,
+    definition: Definition,
+    checkpoint: dict[str, Any],
+    val_auc: float | None,
 ) -> Comparison:
     """Every pipeline there is, held against the record. Raises ImportFileError, ManifestError, UnreadableRecordings."""
-    manifest, classes, split = request.manifest, definition.classes, request.split
+    classes, split = definition.classes, request.split
     rows = select(read_manifest(manifest, request.root or manifest.parent, classes), split, classes)
     recorded = read_predictions(request.predictions, classes) if request.predictions else {}
     known = sum(row.file_path in recorded for row in rows)

@@ -131,7 +131,7 @@ class Execution:
             for entry, scored in zip(references, service.score(payloads), strict=True)
         ]
         flipped = _chosen(now, service) != _chosen(evaluated, service)
-        figures = {
+        figures: dict[str, Any] = {
             "split": self.split,
             "recordings": len(rows),
             "auc": _auc(labels, now),

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +92,8 @@ def _with_mel(network: Network, pipeline: Pipeline) -> tuple[Network, torch.Tens
     before, after = pipeline.split("mel")
     signal = before.run(next(iter(probes(pipeline.reads).values())))
     mel, *stages = after.stages.values()
-    return _WholePath(network, mel, stages, signal.rate), signal.data
+    # `mel` is our stage's name, which no class of one's own may have.
+    return _WholePath(network, cast(Mel, mel), stages, signal.sampling_rate), signal.data
 
 
 class _WholePath(Network):
@@ -100,6 +101,9 @@ class _WholePath(Network):
     through the network."""
 
     input_name = "waveforms"
+
+    filterbank: torch.Tensor
+    basis: torch.Tensor
 
     def __init__(self, network: Network, mel: Mel, stages: Sequence[Stage], rate: int):
         super().__init__()

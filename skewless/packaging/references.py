@@ -19,8 +19,8 @@ from skewless.training.checkpoint import file_digest
 
 # "evaluation": the recordings that evaluation kept, of the split that it measured. "synthetic": only the probes that this
 # project computes. "none": no recording at all; such an archive's self-test and smoke test have nothing to compare. Files:
-# these recordings.
-Choice = Literal["evaluation", "synthetic", "none"] | Sequence[Path]
+# these recordings. Another word is refused.
+Choice = Literal["evaluation", "synthetic", "none"] | str | Sequence[Path]
 
 PROBES = "probes"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import Postprocessor
 from skewless.core.runtimes import Runtime
 from skewless.core.service import Scored
-from skewless.core.stages import InputError, Payload, PipelineError, Signal, Stage
+from skewless.core.stages import InputError, InputLimits, Payload, PipelineError, Signal, Stage
 
 
 class Tally:
@@ -159,7 +159,7 @@ class Comparator:
         candidate: Pipeline,
         runtime: Runtime,
         postprocessor: Postprocessor,
-        **limits: float,
+        **limits: Unpack[InputLimits],
     ):
         """limits: `max_duration_s` and `max_pixels`, as Payload has them."""
         self.alignment = align(reference, candidate)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import requests
@@ -67,8 +67,9 @@ class Client:
         self,
         server: Server | str,
         grpc_address: str | None = None,
-        token: Callable[[str], str] | None = None,
+        token: Callable[[Literal["inference"]], str] | None = None,
     ) -> None:
+        self._server: Server | None = None
         if isinstance(server, Server):
             if grpc_address is not None or token is not None:
                 raise ValueError("grpc_address and token come with the server; give them with an inference URL only")
@@ -76,8 +77,9 @@ class Client:
         elif grpc_address is None or token is None:
             raise ValueError("an inference URL needs a grpc_address and a token function beside it")
         else:
-            self._server, url = None, server.rstrip("/")
-        self._url, self._token = url, token
+            url = server.rstrip("/")
+        self._url = url
+        self._token: Callable[[Literal["inference"]], str] = token
         self._session = session()
         self._session.mount("http://", HTTPAdapter(pool_maxsize=64))
         self._channel = grpc.insecure_channel(

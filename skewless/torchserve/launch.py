@@ -67,7 +67,8 @@ def command(model_store: Path, config: Path, temporary: Path, vmargs: str) -> li
     and exits. Raises ServerError when TorchServe or Java is missing.
     """
     package = importlib.util.find_spec("ts")
-    jars = Path(package.submodule_search_locations[0], "frontend") if package else None
+    folders = package and package.submodule_search_locations
+    jars = Path(folders[0], "frontend") if folders else None
     if jars is None or not (jars / "model-server.jar").is_file():
         raise ServerError("TorchServe is not installed for this Python; `pip install -r requirements.txt`")
     return [
@@ -113,8 +114,8 @@ def with_ports(properties: Mapping[str, str], ports: Ports) -> dict[str, str]:
 
 
 def ports_of(properties: Mapping[str, str]) -> set[int]:
-    """The ports of the five listeners."""
-    return {int(re.search(r"\d+$", properties[key]).group()) for key in LISTENERS.values()}
+    """The ports of the five listeners, of properties that `with_ports` gave."""
+    return {int(properties[key].rpartition(":")[2]) for key in LISTENERS.values()}
 
 
 def client_host(address: str) -> str:

@@ -260,7 +260,7 @@ class Server:
             raise UsageError(f"TorchServe refused {archive.name}: {_message(answer)}")
         if answer.status_code == 200 and workers is not None:
             # The archive's minWorkers wins over a registration's initial_workers, so scale afterwards.
-            scale = {"min_worker": workers, "max_worker": workers, "synchronous": "true"}
+            scale: dict[str, str | int] = {"min_worker": workers, "max_worker": workers, "synchronous": "true"}
             answer = self.manage("PUT", path, scale, expect=None, timeout=timeout)
         ready = answer.status_code == 200 and set(self._row(name, version)["workers"]) == {"READY"}
         if not ready:

@@ -89,22 +89,22 @@ def smoke_test(server: Server, model: str, version: str | None = None) -> list[R
     if not registered:
         raise UsageError(f"no model '{model}' is registered; register one with `skewless register`")
     default = next((v for v, m in registered.items() if m["default"]), None)
-    version = version or default
-    if version not in registered:
-        raise UsageError(f"{model} has no version {version}; registered: {', '.join(sorted(registered))}")
+    asked = version or default
+    if asked is None or asked not in registered:
+        raise UsageError(f"{model} has no version {asked}; registered: {', '.join(sorted(registered))}")
     with Client(server) as client:
-        archive = client.describe(model, version, customized=False)["modelUrl"]
+        archive = client.describe(model, asked, customized=False)["modelUrl"]
         references = References.from_archive(server.model_store / archive)
         return [
-            _measure(name, send, references, version, workers)
-            for name, send, workers in tqdm(list(_paths(client, model, version, version == default)), desc="smoke test")
+            _measure(name, send, references, asked, workers)
+            for name, send, workers in tqdm(list(_paths(client, model, asked, asked == default)), desc="smoke test")
         ]
 
 
 def _paths(
     client: Client, model: str, version: str, is_default: bool
 ) -> Iterator[tuple[str, Callable[[bytes], Answer], int]]:
-    kinds = {
+    kinds: dict[str, Callable[..., Answer]] = {
         "REST body": client.predict_rest,
         "REST multipart": partial(client.predict_rest, multipart=True),
         "gRPC": client.predict_grpc,

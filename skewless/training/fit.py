@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import nn
 from torchvision.models import ResNet18_Weights
 from tqdm import tqdm
 
@@ -64,7 +65,9 @@ def fit(
     run = {
         "config": asdict(config) | {"loss": loss_definition},
         # Of a loss of the folder's own. It is no part of what is served.
-        "training_code": OwnCode(definition.folder).digests({file_of(name) for name in loss_definition} - {None}),
+        "training_code": OwnCode(definition.folder).digests(
+            file for name in loss_definition if (file := file_of(name)) is not None
+        ),
         "pipeline": cache.pipeline.to_dict(),
         "pipeline_fingerprint": cache.pipeline.fingerprint,
         "network": definition.network,
@@ -193,10 +196,10 @@ def _prepare(
     train, val = (select(recordings, split, classes) for split in ("train", "val"))
     if config.offline_augmentation:
         train = train + augmented_recordings(train, config.offline_augmentation, config.seed, augmented)
-    prepared = tuple(cache.prepare(rows, skip_unreadable=skip_unreadable) for rows in (train, val))
-    for entries in prepared:
+    prepared, validation = (cache.prepare(rows, skip_unreadable=skip_unreadable) for rows in (train, val))
+    for entries in (prepared, validation):
         require_every_class([entry.recording for entry in entries], "what could be read", classes)
-    return prepared
+    return prepared, validation
 
 
 def _resume(path: Path, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -285,7 +288,8 @@ def _ranking(labels: list[int], scores: np.ndarray) -> dict[str, float]:
 
 def _load_backbone(network: Network, source: str) -> None:
     """ResNet-18 weights into the backbone, without the classifier; raises ValueError when keys are missing."""
-    if not hasattr(network, "backbone"):
+    backbone = getattr(network, "backbone", None)
+    if not isinstance(backbone, nn.Module):
         raise ValueError("backbone_weights are for networks with a ResNet-18 inside; this one has none")
     if source == "imagenet":
         weights = ResNet18_Weights.DEFAULT.get_state_dict(progress=True)
@@ -293,9 +297,7 @@ def _load_backbone(network: Network, source: str) -> None:
         weights = load_file(source)
     else:
         weights = torch.load(source, map_location="cpu", weights_only=True)
-    outcome = network.backbone.load_state_dict(
-        {k: v for k, v in weights.items() if not k.startswith("fc.")}, strict=False
-    )
+    outcome = backbone.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")}, strict=False)
     if outcome.missing_keys or outcome.unexpected_keys:
         raise ValueError(
             f"{source} is no ResNet-18 state dict: missing {outcome.missing_keys[:3]}, unexpected {outcome.unexpected_keys[:3]}"

@@ -77,7 +77,7 @@ def augmented_copies(data: bytes, count: int, seed: int) -> list[bytes]:
     if count < 0 or seed < 0:
         raise ValueError(f"count {count}, seed {seed}: expected 0 or more")
     signal = Decode()(Signal(Payload(data)))
-    samples, rate = signal.data.numpy(), signal.rate
+    samples, rate = signal.data.numpy(), signal.sampling_rate
     digest = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
     changes = (_shift, _stretch, _add_noise)
     made = []

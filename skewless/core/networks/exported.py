@@ -61,7 +61,7 @@ class ExportedNetwork(Network):
         values = {node.name: node.meta.get("val") for node in program.graph.nodes}
         batch, self.input_shape = _input_of(program, values)
         self.per, self.output_names = per, _output_names(program, tuple(outputs))
-        found = [values.get(name) for name in program.graph_signature.user_outputs]
+        found: list[Any] = [values.get(name) for name in program.graph_signature.user_outputs]
         for name, value in zip(self.output_names, found, strict=True):
             _require_output(name, value, batch if per == "segment" else None)
         self._row_shapes = [tuple(value.shape[1:]) for value in found]
@@ -148,7 +148,7 @@ def _require_inference(program: torch.export.ExportedProgram) -> None:
 
 def _input_of(program: torch.export.ExportedProgram, values: dict[str, Any]) -> tuple[Any, tuple[int, ...]]:
     """The symbol of the input's first dimension, and the shape of its rows."""
-    found = [values.get(name) for name in program.graph_signature.user_inputs]
+    found: list[Any] = [values.get(name) for name in program.graph_signature.user_inputs]
     fits = len(found) == 1 and isinstance(found[0], torch.Tensor) and found[0].dtype == torch.float32
     require(fits, f"the program takes {' and '.join(map(shown, found))}, expected one float32 tensor")
     batch = _rows(found[0])
@@ -202,5 +202,7 @@ def _require_output(name: str, value: Any, batch: Any) -> None:
 
 def _rows(value: torch.Tensor) -> Any:
     """The size of a dynamic first dimension, as sympy has it; None if that is not the tensor's only dynamic one."""
-    only = value.ndim > 0 and all(isinstance(size, int) for size in value.shape[1:])
-    return value.shape[0].node.expr if only and isinstance(value.shape[0], torch.SymInt) else None
+    # An int where fixed, a torch.SymInt where dynamic; torch annotates both as int.
+    shape: Sequence[Any] = value.shape
+    only = value.ndim > 0 and all(isinstance(size, int) for size in shape[1:])
+    return shape[0].node.expr if only and isinstance(shape[0], torch.SymInt) else None

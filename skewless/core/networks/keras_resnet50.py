@@ -34,6 +34,8 @@ class KerasResNet50(Network):
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     input_name: ClassVar[str] = "images"
 
+    conv1_conv: nn.Conv2d  # `_convolution` adds it, as all the others
+
     def __init__(self, classes: int = 3, hidden: int = 256, dropout: float = 0.0):
         super().__init__()
         self._convolution("conv1", 3, 64, size=7, stride=2)
@@ -53,7 +55,8 @@ class KerasResNet50(Network):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         with torch.no_grad():
             self.conv1_conv.weight -= self.conv1_conv.weight.mean(dim=(1, 2, 3), keepdim=True)
             for name, module in self.named_modules():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -53,12 +53,9 @@ class TorchvisionClassifier(Network):
 
     def _replace_first_convolution(self, channels: int) -> None:
         name, first = next((n, m) for n, m in self.backbone.named_modules() if isinstance(m, nn.Conv2d))
-        new = nn.Conv2d(
-            *(channels, first.out_channels, first.kernel_size, first.stride, first.padding, first.dilation),
-            groups=first.groups,
-            bias=first.bias is not None,
-            padding_mode=first.padding_mode,
-        )
+        same = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        settings: dict[str, Any] = {key: getattr(first, key) for key in same}
+        new = nn.Conv2d(channels, first.out_channels, bias=first.bias is not None, **settings)
         self.backbone.set_submodule(name, new)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ class BagThreshold(Postprocessor):
     def parts(self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> list[Part]:
         """The segments."""
         segments = outputs["segment_probabilities"].tolist()
-        return [Part(*times, p) for times, p in zip(metadata["segment_times_s"], segments, strict=True)]
+        return [Part(start, end, p) for (start, end), p in zip(metadata["segment_times_s"], segments, strict=True)]
 
     def read(self, body: Mapping[str, Any]) -> tuple[tuple[float, ...], int]:
         return (body["file_probability"],), int(body[self.positive_field])

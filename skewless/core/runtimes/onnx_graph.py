@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -95,7 +96,8 @@ def graph_of(module: nn.Module, inputs: Mapping[str, Sequence[int]], outputs: Se
             )
         except Exception as error:  # torch's own kinds, for what ONNX has no operator for
             raise ValueError(f"the network cannot be written as an ONNX graph: {innermost(error)}") from error
-    model = written.model_proto  # made anew each time it is asked for
+    # Annotated as None, too, for the exporter of old, which is not asked for.
+    model = cast(torch.onnx.ONNXProgram, written).model_proto  # made anew each time it is asked for
     _name_dimensions(model.graph)
     return model
 
@@ -148,7 +150,9 @@ def to_fp16(model: ModelProto) -> ModelProto:
     values = [*graph.input, *graph.value_info, *graph.output]
     floats = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT}
     floats |= {name for name, tensor in weights.items() if tensor.data_type == TensorProto.FLOAT}
-    made, narrowed, nodes = set(), set(), []
+    made: set[str] = set()
+    narrowed: set[str] = set()
+    nodes: list[NodeProto] = []
     for node in graph.node:
         if node.name not in inside:
             nodes.append(node)

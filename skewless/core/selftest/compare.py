@@ -25,10 +25,12 @@ def network_input(
     """The network's input for one recording, every stage on the way compared with its record.
 
     kinds: the `kind` of every stage's output, by the stages' names, in order. values: their `summary`, by the same names.
-    Raises StageDiffersError for the first stage that is further from its record than its tolerance, or in another place.
+    Raises StageDiffersError for the first stage that is further from its record than its tolerance, or in another place,
+    and for a first stage that has no tolerance.
     """
     expected = iter(kinds.items())
-    signal, tolerance, unit = Signal(None), None, ""
+    signal, unit = Signal(None), ""
+    tolerance: Tolerance | None = None
     for name, signal in pipeline.steps(payload):
         recorded_name, recorded_kind = next(expected, (None, None))
         if name != recorded_name:
@@ -37,6 +39,8 @@ def network_input(
             raise StageDiffersError(name, f"{kind(signal.data)}, recorded with {recorded_kind}")
         stage = pipeline.stages[name]
         tolerance, unit = stage.tolerance or tolerance, stage.unit or unit
+        if tolerance is None:
+            raise StageDiffersError(name, "no unit, and no stage before it to take the tolerance of; give it a unit")
         _compare(name, summary(signal.data), values[name], tolerance, unit)
     if (missing := next(expected, None)) is not None:
         raise StageDiffersError(missing[0], "recorded with this stage, which is missing now")

@@ -1,9 +1,9 @@
 """The stages that pipelines are made of, by their textbook names. Each module is imported when one of its stages is asked for."""
 
 from skewless.core.catalogue import Catalogue
-from skewless.core.stages.stage import InputError, Payload, PipelineError, Signal, Stage, Tolerance
+from skewless.core.stages.stage import InputError, InputLimits, Payload, PipelineError, Signal, Stage, Tolerance
 
-__all__ = ["STAGES", "InputError", "Payload", "PipelineError", "Signal", "Stage", "Tolerance"]
+__all__ = ["STAGES", "InputError", "InputLimits", "Payload", "PipelineError", "Signal", "Stage", "Tolerance"]
 
 _MODULES = {
     "decode": {"decode": "Decode"},

@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import av
@@ -177,7 +178,7 @@ def _read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]
     """Blocks of `(rate, float32 (channels, frames))` by FFmpeg's demuxers and decoders."""
     if container == "Opus":
         _check_ogg_complete(data)
-    with av.open(io.BytesIO(data), format=_DEMUXERS[container], metadata_errors="replace") as file:
+    with av.open(io.BytesIO(data), "r", format=_DEMUXERS[container], metadata_errors="replace") as file:
         if not file.streams.audio or file.streams.audio[0].codec_context is None:
             raise InputError(f"the {container} data has no audio track that can be read; send a file with one")
         stream = file.streams.audio[0]
@@ -191,9 +192,9 @@ def _read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]
                 block = part.to_ndarray().reshape(-1, channels).T
                 if container == "MP4" and frame.duration:
                     # What the file's own table of durations leaves out is the codec's padding.
-                    block = block[:, : round(frame.duration * frame.time_base * rate)]
+                    block = block[:, : round(_seconds(frame.duration, frame.time_base) * rate)]
                 if frame.pts is not None:
-                    end = float(frame.pts * frame.time_base) + block.shape[1] / rate
+                    end = float(_seconds(frame.pts, frame.time_base)) + block.shape[1] / rate
                 yield rate, block
         stated = _stated_end(file, stream, data, container)
         # WebM may count the codec's padding; the others round to milliseconds, and a lost frame is ten of them.
@@ -217,4 +218,11 @@ def _stated_end(file: av.container.InputContainer, stream: av.AudioStream, data:
             return None
     if stream.duration is None:
         return None
-    return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+    return float(_seconds(stream.duration + (stream.start_time or 0), stream.time_base))
+
+
+def _seconds(ticks: int, time_base: Fraction | None) -> Fraction:
+    """A time that FFmpeg counts in units of `time_base` seconds; raises InputError where it does not know the unit."""
+    if time_base is None:
+        raise InputError("the file does not say in what unit its times are; export it again, or send it as WAV")
+    return ticks * time_base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -88,7 +89,7 @@ class DecodeImage(Stage, name="decode_image"):
         return signal.of(_levels(image), width=width, height=height, format=kind)
 
     def _upright_rgb(self, image: ImageFile, data: bytes) -> Image.Image:
-        turn = _TURNS.get(image.getexif().get(Base.Orientation)) if self.orientation == "upright" else None
+        turn = _TURNS.get(image.getexif().get(Base.Orientation, 0)) if self.orientation == "upright" else None
         flat = self._rgb(image, data)
         return flat if turn is None else flat.transpose(turn)
 
@@ -141,6 +142,13 @@ def identify(data: bytes) -> str:
     raise InputError(f"not a known picture format (it starts with {shown}); send {FORMATS}", "unsupported")
 
 
+_READERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WebP": WebPImageFile,
+}
+
+
 def _open(payload: Payload, kind: str) -> ImageFile:
     """The picture with its header read and no pixel decoded."""
     # Not Image.open: it would hold the picture against a limit that the whole process shares, and read the stereo pairs
@@ -148,7 +156,7 @@ def _open(payload: Payload, kind: str) -> ImageFile:
     if kind == "WebP":
         # libwebp takes memory for the whole canvas as soon as it is opened.
         _check_size(_webp_size(payload.data), payload)
-    image = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WebP": WebPImageFile}[kind](io.BytesIO(payload.data))
+    image = _READERS[kind](io.BytesIO(payload.data))
     _check_size(image.size, payload)
     return image
 
@@ -206,7 +214,7 @@ class Resize(Stage, name="resize"):
         )
 
     @property
-    def packages(self) -> tuple[str, ...]:
+    def packages(self) -> tuple[str, ...]:  # type: ignore[override]  # read of stages, not classes; follows the method
         return ("torch",) if self.method == "bilinear" else ("pillow", "numpy")
 
     def __call__(self, signal: Signal) -> Signal:

@@ -40,7 +40,8 @@ class Segment(Stage, name="segment"):
             raise InputError(
                 f"'segment' takes one channel, got {signal.data.shape[0]}; add a 'downmix' stage before it"
             )
-        window, hop = int(self.duration_s * signal.rate), int(self.hop_s * signal.rate)
+        rate = signal.sampling_rate
+        window, hop = int(self.duration_s * rate), int(self.hop_s * rate)
         duration_s = signal.metadata["duration_s"]
         total = signal.metadata["num_samples"]
         if self.tail == "drop":
@@ -51,7 +52,7 @@ class Segment(Stage, name="segment"):
         span = (count - 1) * hop + window
         waveform = signal.data[0, :span]
         waveform = F.pad(waveform, (0, span - waveform.shape[0]))
-        times = [(i * hop / signal.rate, (i * hop + window) / signal.rate) for i in range(count)]
+        times = [(i * hop / rate, (i * hop + window) / rate) for i in range(count)]
         return signal.of(
             waveform.unfold(0, window, hop).contiguous(),
             segment_times_s=times,

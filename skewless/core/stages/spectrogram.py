@@ -75,7 +75,7 @@ class Mel(Stage, name="mel"):
             power=self.power,
             normalized=False,
         )
-        filterbank = self.filterbank(self.rate or signal.rate)
+        filterbank = self.filterbank(self.rate or signal.sampling_rate)
         return signal.of(torch.matmul(spectrum.transpose(-1, -2), filterbank).transpose(-1, -2))
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 
@@ -27,6 +27,13 @@ class InputError(ValueError):
     def __init__(self, message: str, kind: str = "malformed"):
         super().__init__(message)
         self.kind = kind
+
+
+class InputLimits(TypedDict, total=False):
+    """What one input may be at most, as Payload has it; what is left out has no limit."""
+
+    max_duration_s: float
+    max_pixels: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,16 @@ class Signal:
     def of(self, data: torch.Tensor, *, rate: int | None = None, **metadata: Any) -> Signal:
         """The next signal: new data, the same rate unless given, metadata added."""
         return Signal(data, self.rate if rate is None else rate, {**self.metadata, **metadata})
+
+    @property
+    def sampling_rate(self) -> int:
+        """The rate in Hz; raises PipelineError where there is none, because the pipeline does not start from a recording."""
+        if self.rate is None:
+            raise PipelineError(
+                "a stage needs the sampling rate of a recording, and none is known; start the pipeline with 'decode', or with a "
+                "stage of your own that sets the signal's rate"
+            )
+        return self.rate
 
 
 @dataclass(frozen=True)

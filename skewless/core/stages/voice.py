@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import librosa
 import numpy as np
@@ -143,13 +143,13 @@ class VoiceFeatures(Stage, name="voice_features"):
         self.require(0 < self.roll_percent < 1, f"roll_percent is {self.roll_percent}, expected a number in (0, 1)")
 
     def __call__(self, signal: Signal) -> Signal:
-        waveform, rate = _mono(self, signal), signal.rate
+        waveform, rate = _mono(self, signal), signal.sampling_rate
         if len(waveform) < self.n_fft:
             raise InputError(
                 f"there is {len(waveform) / rate:.3f} s of sound, less than one frame of {self.n_fft / rate:.3f} s; "
                 "record something longer"
             )
-        frames = {"frame_length": self.n_fft, "hop_length": self.hop_length}
+        frames: dict[str, Any] = {"frame_length": self.n_fft, "hop_length": self.hop_length}
         magnitude = np.abs(librosa.stft(waveform, n_fft=self.n_fft, hop_length=self.hop_length))
         power = magnitude**2
         level = librosa.power_to_db(
@@ -164,7 +164,7 @@ class VoiceFeatures(Stage, name="voice_features"):
             librosa.feature.chroma_stft(S=power, sr=rate, n_fft=self.n_fft),
         )
         statistics = [statistic for track in tracks for statistic in (np.mean(track), np.std(track))]
-        values = np.hstack([np.mean(mfcc, axis=1), np.std(mfcc, axis=1), statistics, self._tempo(level, rate)])
+        values = np.hstack([np.mean(mfcc, axis=1), np.std(mfcc, axis=1), statistics, [self._tempo(level, rate)]])
         return signal.of(torch.from_numpy(values.astype(np.float32)).unsqueeze(0))
 
     def _tempo(self, level: np.ndarray, rate: int) -> float:

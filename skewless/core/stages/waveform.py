@@ -79,7 +79,7 @@ class Resample(Stage, name="resample"):
         )
 
     @property
-    def packages(self) -> tuple[str, ...]:
+    def packages(self) -> tuple[str, ...]:  # type: ignore[override]  # read of stages, not classes; follows the method
         return {
             "sinc_hann": ("torch", "torchaudio"),
             "resample_poly": ("scipy", "numpy"),
@@ -87,24 +87,25 @@ class Resample(Stage, name="resample"):
         }[self.method]
 
     def __call__(self, signal: Signal) -> Signal:
-        if signal.rate == self.rate:
+        rate = signal.sampling_rate
+        if rate == self.rate:
             return signal
-        divisor = math.gcd(signal.rate, self.rate)
-        up, down = self.rate // divisor, signal.rate // divisor
+        divisor = math.gcd(rate, self.rate)
+        up, down = self.rate // divisor, rate // divisor
         total = signal.metadata["num_samples"]
         if self.method == "sinc_hann":
             # The kernel has one row per phase: rates with no common divisor would need gigabytes.
-            self._check(up * down <= _MAX_KERNEL, signal.rate, divisor)
-            data = _resampler(signal.rate, self.rate, self.lowpass_filter_width, self.rolloff)(signal.data)
+            self._check(up * down <= _MAX_KERNEL, rate, divisor)
+            data = _resampler(rate, self.rate, self.lowpass_filter_width, self.rolloff)(signal.data)
             # torchaudio's own length, rounded in float32, for the whole recording where only its head is here.
             total = int(torch.ceil(torch.as_tensor(up * total / down)))
         elif self.method == "resample_poly":
-            self._check(max(up, down) <= _MAX_POLY_FACTOR, signal.rate, divisor)
+            self._check(max(up, down) <= _MAX_POLY_FACTOR, rate, divisor)
             data = _resample_poly(signal.data, up, down)
             total = -(-total * up // down)
         else:
-            data = _soxr_hq(signal.data, signal.rate, self.rate)
-            total = _soxr_length(total, signal.rate, self.rate)
+            data = _soxr_hq(signal.data, rate, self.rate)
+            total = _soxr_length(total, rate, self.rate)
         return signal.of(data, rate=self.rate, num_samples=total)
 
     def _check(self, bounded: bool, rate: int, divisor: int) -> None:
