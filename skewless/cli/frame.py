@@ -53,7 +53,9 @@ app = typer.Typer(
 Archive = Annotated[
     Path, typer.Argument(metavar="ARCHIVE", help="The model's folder, with pipeline.yaml and model.yaml.")
 ]
-Manifest = Annotated[Path, typer.Option(metavar="CSV", help="Labelled files: file_path, label, and split, group.")]
+Manifest = Annotated[
+    Path, typer.Option(metavar="CSV", help="Labelled files: file_path, label, perhaps split and group.")
+]
 Root = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="What file_path is relative to.", show_default="the manifest's folder"),

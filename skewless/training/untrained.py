@@ -15,7 +15,7 @@ WHOLE = "network"
 
 
 class UntrainedError(CheckpointError):
-    """Weights that no training has shaped, or an acceptance of a layer that needs none."""
+    """Weights that no training has shaped, or a layer to be accepted as untrained that does not look so."""
 
 
 @dataclass(frozen=True)
