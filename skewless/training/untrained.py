@@ -10,7 +10,7 @@ from torch import nn
 
 from skewless.training.checkpoint import CheckpointError
 
-# How a network without parts is called in findings.
+# What findings call a network that is judged as one part.
 WHOLE = "network"
 
 
