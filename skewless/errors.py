@@ -1,4 +1,4 @@
-"""What can go wrong outside of the core, by whose turn it is; the command makes its exit codes of these."""
+"""The errors raised outside of the core, by who has to act on them; the command turns them into exit codes."""
 
 
 class CheckFailedError(ValueError):
@@ -14,7 +14,7 @@ class ServerError(RuntimeError):
 
 
 class UsageError(ServerError):
-    """It was asked for something that cannot be; the message says what to do instead."""
+    """What was asked for cannot be done, such as stopping a server where none runs; the message says what to do."""
 
 
 class LoadError(ServerError):

@@ -1,4 +1,4 @@
-"""Where the files lie that are no modules: in an installed wheel inside the package, in a checkout beside it."""
+"""Where the files are that are not Python modules: in an installed wheel inside the package, in a checkout beside it."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ app = typer.Typer(
 Archive = Annotated[
     Path, typer.Argument(metavar="ARCHIVE", help="The model's folder, with pipeline.yaml and model.yaml.")
 ]
-Manifest = Annotated[Path, typer.Option(metavar="CSV", help="Labelled files: file_path, label, and split, group.")]
+Manifest = Annotated[
+    Path, typer.Option(metavar="CSV", help="Labelled files: file_path, label, perhaps split and group.")
+]
 Root = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="What file_path is relative to.", show_default="the manifest's folder"),
@@ -62,7 +64,9 @@ Checkpoint = Annotated[Path, typer.Option(metavar="FILE", help="best.pth of a tr
 SkipUnreadable = Annotated[
     bool, typer.Option("--skip-unreadable", help="List recordings that cannot be read, and go on without them.")
 ]
-Device = Annotated[str, typer.Option(metavar="NAME", help="Where the network runs: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help="Where the network runs: cpu, cuda, cuda:1, mps; auto: a GPU if any.")
+]
 StateDir = Annotated[
     Path, typer.Option("--state-dir", metavar="DIR", help="The server's folder: tokens, logs, process id.")
 ]

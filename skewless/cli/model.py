@@ -71,7 +71,9 @@ def corpus(
     seed: Annotated[int | None, typer.Option(help="0 or more.", show_default="42")] = None,
     min_seconds: Annotated[float | None, typer.Option(help="Shortest recording of a kind that has lengths.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Longest recording of a kind that has lengths.")] = None,
-    formats: Annotated[str | None, typer.Option(help="Of a kind that has them, separated by commas.")] = None,
+    formats: Annotated[
+        str | None, typer.Option(help="Audio formats, separated by commas, of a kind that has them.")
+    ] = None,
 ) -> Result:
     """Write a synthetic corpus to try the rest on: for demonstration only.
 
@@ -105,19 +107,19 @@ def corpus(
 
 # What --help says about each setting of Config; its docstring says it in full.
 _MEANINGS = {
-    "epochs": "At most so many.",
+    "epochs": "At most so many passes over the training split.",
     "batch_size": "Recordings per step.",
-    "learning_rate": "The first epoch's.",
-    "weight_decay": "Of AdamW.",
+    "learning_rate": "In the first epoch.",
+    "weight_decay": "Weight decay of AdamW.",
     "patience": "Epochs without a better validation AUC before training stops.",
-    "schedule": "Of the learning rate: cosine or plateau.",
+    "schedule": "How the learning rate falls: cosine or plateau.",
     "plateau_patience": "Epochs without a lower validation loss before a plateau halves the rate.",
-    "seed": "Of every random number.",
-    "loss": "As in a recipe, such as '{bag: {segment_loss: 0.5}}'.",
-    "augmentation": "Of spectrograms, anew in every epoch.",
-    "offline_augmentation": "Augmented copies of every training recording.",
+    "seed": "Seed of all random numbers.",
+    "loss": "What training minimises, as in a recipe, such as '{bag: {segment_loss: 0.5}}'.",
+    "augmentation": "Change spectrograms at random, anew in every epoch.",
+    "offline_augmentation": "How many augmented copies to make of every training recording.",
     "backbone_weights": "'imagenet', a ResNet-18 state-dict file, or nothing.",
-    "trained": "all, or head: only what follows the encoder.",
+    "trained": "all, or head: only the layers behind the encoder.",
 }
 
 
@@ -238,7 +240,8 @@ def features(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for mfcc.png, spectral.png, features.md and .json.")],
     root: Root = None,
     split: Annotated[
-        Literal["train", "val", "test", "all"], typer.Option(help="Who looks at test chooses by it.")
+        Literal["train", "val", "test", "all"],
+        typer.Option(help="The part to draw; whoever looks at test chooses by it."),
     ] = "train",
     skip_unreadable: SkipUnreadable = False,
 ) -> Result:

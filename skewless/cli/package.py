@@ -111,7 +111,7 @@ def build(
     archive: Archive,
     checkpoint: Checkpoint,
     evaluation: Annotated[Path, typer.Option(metavar="DIR", help="What `skewless evaluate` wrote for it.")],
-    version: Annotated[str, typer.Option(help="Of the archive, such as 1.0.")],
+    version: Annotated[str, typer.Option(help="The archive's version, such as 1.0.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The model store.")] = Path("model_store"),
     force: Annotated[bool, typer.Option("--force", help="Replace a different archive of the same version.")] = False,
     accept_untrained: AcceptUntrained = None,
@@ -120,7 +120,7 @@ def build(
         typer.Option(help="What executes the network.", autocompletion=_runtimes, show_default="model.yaml's"),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of the runtime.", autocompletion=_precisions, show_default="fp32")
+        str | None, typer.Option(help="The runtime's arithmetic.", autocompletion=_precisions, show_default="fp32")
     ] = None,
     manifest: Annotated[
         Path | None, typer.Option(metavar="CSV", help="The manifest of --evaluation: fp16 and int8 are proved on it.")
@@ -207,7 +207,7 @@ def skew(
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="How many of the most changed recordings to picture.")] = 5,
     threshold: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Of the decisions.", show_default="the model's own")
+        float | None, typer.Option(min=0.0, max=1.0, help="Decide by this probability.", show_default="the model's own")
     ] = None,
     device: Device = "cpu",
 ) -> Result:
@@ -241,7 +241,7 @@ def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, such as model.onnx.")],
     format: Annotated[
-        Literal["onnx", "pt2"] | None, typer.Option(help="Of the file.", show_default="by the name of --out")
+        Literal["onnx", "pt2"] | None, typer.Option(help="The file's format.", show_default="by the name of --out")
     ] = None,
     whole_path: Annotated[
         bool, typer.Option("--whole-path", help="From the waveform's segments on, with every stage that follows.")

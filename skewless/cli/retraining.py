@@ -39,7 +39,7 @@ Recipe = Annotated[
 ]
 Epochs = Annotated[int | None, typer.Option(help="Instead of the recipe's.", min=1)]
 BatchSize = Annotated[int | None, typer.Option(help="Instead of the recipe's.", min=2)]
-Version = Annotated[str | None, typer.Option(help="Of the new archive.", show_default="the next whole number")]
+Version = Annotated[str | None, typer.Option(help="The new archive's version.", show_default="the next whole number")]
 Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default="runs/retrain/NAME-VERSION")
 ]

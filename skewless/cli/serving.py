@@ -67,7 +67,7 @@ def status(state_dir: StateDir = STATE_DIR) -> Result:
 
 @command(serve, "token")
 def token(
-    kind: Annotated[Literal["inference", "management"], typer.Option(help="What it opens.")] = "inference",
+    kind: Annotated[Literal["inference", "management"], typer.Option(help="The API that it is for.")] = "inference",
     state_dir: StateDir = STATE_DIR,
 ) -> Result:
     """Print a token that is good for up to an hour; each renewal ends the one before."""

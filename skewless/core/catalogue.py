@@ -98,7 +98,8 @@ class Catalogue(Generic[T]):
 def parameters_of(target: type) -> type[BaseModel]:
     """A pydantic model of a class's constructor arguments: strict, nothing unknown, only finite numbers.
 
-    The annotations are the rules: a quoted number is no number and 1 is no yes; an int is accepted where a float is meant.
+    The annotations are the rules: "50" in quotes is refused where a number is meant, and so is 1 where true is meant; an
+    int is accepted for a float.
     """
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(target, eval_str=True).parameters.items():

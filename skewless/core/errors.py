@@ -1,4 +1,4 @@
-"""What the core raises for what its user can mend."""
+"""The error that the core raises for what its user can correct."""
 
 
 class DefinitionError(ValueError):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 # How far a served probability may be from the evaluated one. Between processors and runtimes float32 differs by some
-# 1e-6; what is "reduced" must be asked for.
+# 1e-6. A "reduced" tier is used only where somebody chose such a precision.
 TOLERANCES = {"exact": 1e-4, "reduced": 0.02}
 TIERS = {"fp32": "exact", "fp16": "reduced", "int8": "reduced"}
 

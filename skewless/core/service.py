@@ -61,7 +61,8 @@ class Inferred:
 
 @dataclass(frozen=True)
 class Scored:
-    """What evaluation and the skew report keep of one input: the postprocessor's scores, and what its parts got."""
+    """What evaluation and the skew report keep of one input: the postprocessor's scores, and the probabilities of the
+    recording's parts, such as its segments."""
 
     scores: tuple[float, ...]
     parts: tuple[Part, ...]

@@ -65,5 +65,5 @@ def write_entries(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
 
 def _relative(source: str) -> str:
     absolute = PurePosixPath(source).is_absolute() or PureWindowsPath(source).is_absolute()
-    # A Windows path's name is a POSIX path's, too.
+    # PureWindowsPath splits at / as well as at \, so it finds the name in paths of both kinds.
     return PureWindowsPath(source).name if absolute else source

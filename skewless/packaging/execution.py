@@ -1,4 +1,5 @@
-"""What executes an archive's network: its entry in model.yaml, its files, and its proof beyond references."""
+"""What executes an archive's network: its entry in model.yaml, its files, and what a reduced precision
+has to pass beyond the references."""
 
 from __future__ import annotations
 
@@ -116,8 +117,8 @@ class Execution:
         """Compare a reduced service with what evaluation recorded; returns the figures.
 
         Raises BuildError with them when a reference is off by more than the tier's tolerance, when a decision changes
-        that was further than that from the threshold, or when the AUC on `split` by more than MAX_AUC_DIFFERENCE; also for
-        recordings that are not those that evaluation measured.
+        that was further than that from the threshold, or when the AUC on `split` differs by more than MAX_AUC_DIFFERENCE;
+        also for recordings that are not those that evaluation measured.
         """
         rows, predictions = self._replay(service, evaluation)
         columns = score_columns(service.postprocessor.classes)

@@ -1,4 +1,5 @@
-"""Small synthetic recordings and images that make a pipeline show its hand: each is hard on other stages."""
+"""Small synthetic recordings and images for the self-test, each of which is sensitive to other stages: an impulse shows a
+filter's response, clipped noise where a filter overshoots."""
 
 from __future__ import annotations
 

@@ -179,7 +179,8 @@ class Server:
                 _remove_leavings(self.state_dir)
 
     def token(self, kind: TokenKind) -> str:
-        """The token for one API, renewed when it expires within RENEW_BEFORE_S. Never log or print it."""
+        """The token for one API, renewed when it expires within RENEW_BEFORE_S. Keep it out of
+        logs: whoever has it can use that API until it expires."""
         # One caller renews while others wait: a renewal ends the token before it.
         with _lock(self.state_dir):
             if not (self.state_dir / "key_file.json").exists():

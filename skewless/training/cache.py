@@ -56,14 +56,14 @@ class StageCache:
     """The pipeline, cut in two: the costly stages' output is computed once per input and kept, `finish` runs every time.
 
     The cut is before the cheap stages at the end, such as one that replicates channels, and before the first stage that
-    training fits, such as a scaler. Entries live below a folder named
-    after the fingerprint of the cached stages, their code and the libraries they call, and are named after the digest of
-    the input's bytes: whatever could change a number is another entry.
+    training fits, such as a scaler. Entries lie in a folder named after the fingerprint of the cached stages, their code and
+    the libraries they call, and are named after the SHA-256 of the input's bytes: whatever could change a number makes
+    another entry.
     """
 
     def __init__(self, root: str | Path, pipeline: Pipeline):
         self._first, self._last = _cut(pipeline)
-        # Of what is kept: what kind of values they are.
+        # The unit of the kept values, such as "dB".
         self.unit = list(self._first.stages.values())[-1].unit
         self._dir = Path(root) / _key(self._first)
         self._dir.mkdir(parents=True, exist_ok=True)

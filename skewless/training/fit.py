@@ -49,7 +49,7 @@ def fit(
 
     definition: what is trained; the checkpoint keeps its pipeline, with what stages take from the training set, such as a
         scaler's statistics, its network, its post-processing and the digests of its own code. It also keeps what evaluation
-        has to reproduce: every validation recording's scores, and what skewless.training.proof records of the stages.
+        has to reproduce: every validation recording's scores, and what skewless.training.record keeps of the stages.
     out: receives best.pth and last.pth; a run found there is continued if its config, pipeline, network and manifest
         are the same, and refused otherwise. Raises ManifestError, UnreadableRecordings, CheckpointError, ValueError.
     on_epoch: called after every epoch with its figures.

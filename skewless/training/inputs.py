@@ -65,7 +65,7 @@ def measure_batch_statistics(
     network.train()
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # PyTorch's word for a cumulative average
+        layer.momentum = None  # PyTorch then averages over all batches
     for start in tqdm(range(0, len(entries), batch_size), desc="batch statistics", unit="batch"):
         batch = torch.cat([inputs(entry) for entry in entries[start : start + batch_size]])
         if len(batch) > 1:

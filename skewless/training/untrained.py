@@ -10,12 +10,12 @@ from torch import nn
 
 from skewless.training.checkpoint import CheckpointError
 
-# How a network without parts is called in findings.
+# What findings call a network that is judged as one part.
 WHOLE = "network"
 
 
 class UntrainedError(CheckpointError):
-    """Weights that no training has shaped, or an acceptance of a layer that needs none."""
+    """Weights that no training has shaped, or a layer to be accepted as untrained that does not look so."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Network(nn.Module):
         """One recording's features `(S, F)` to its outputs by name."""
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Features `(N, F)` to logits `(N, C)`, for a loss on each row; `(N, 1)`: the second of two classes.
+        """Features `(N, F)` to logits `(N, C)`, for a loss on each row; `(N, 1)`: one logit, of the second of two classes.
 
         Raises NotImplementedError for a network that no such loss trains.
         """

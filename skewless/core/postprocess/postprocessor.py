@@ -44,18 +44,21 @@ class Postprocessor(ABC):
         return max(range(len(scores)), key=scores.__getitem__)
 
     def parts(self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> list[Part]:
-        """What the recording's pieces got, in order; empty where an input is judged as a whole."""
+        """The probabilities of the recording's pieces, in order; empty where an input is judged as a whole."""
         return []
 
     @abstractmethod
     def __call__(
         self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], threshold: float
     ) -> dict[str, Any]:
-        """The response's fields, in plain JSON types; times in seconds, probabilities in [0, 1]."""
+        """The response's fields, in plain JSON types; times in seconds, probabilities in [0, 1].
+
+        `threshold_used` has to be among them: the threshold that was given, which the smoke test decides by.
+        """
 
     @abstractmethod
     def read(self, body: Mapping[str, Any]) -> tuple[tuple[float, ...], int]:
-        """The scores and the chosen class that a response says: what `__call__` wrote."""
+        """The scores and the number of the chosen class, read back from a response's body that `__call__` made."""
 
     def _check_threshold(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:

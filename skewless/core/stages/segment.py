@@ -23,7 +23,7 @@ class Segment(Stage, name="segment"):
     """
 
     unit: ClassVar[str] = "full scale"
-    tolerance: ClassVar[Tolerance] = Tolerance(3e-5, 3e-4, "copies the filter's output")
+    tolerance: ClassVar[Tolerance] = Tolerance(3e-5, 3e-4, "cut out of what the filter before it gives")
 
     duration_s: float
     hop_s: float

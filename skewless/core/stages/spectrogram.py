@@ -124,7 +124,7 @@ class PadFrames(Stage, name="pad_frames"):
 
     unit: ClassVar[str] = "dB"
     cheap: ClassVar[bool] = True
-    tolerance: ClassVar[Tolerance] = Tolerance(5e-3, 0.5, "copies decibels")
+    tolerance: ClassVar[Tolerance] = Tolerance(5e-3, 0.5, "decibels as the stage before gives them, cropped or padded")
 
     frames: int
     value_db: float
@@ -145,7 +145,7 @@ class Scale(Stage, name="scale"):
     """Map [`low`, `high`] linearly onto `to`, clamping what lies outside."""
 
     unit: ClassVar[str] = "image value"
-    tolerance: ClassVar[Tolerance] = Tolerance(1.3e-4, 0.013, "decibels over 40")
+    tolerance: ClassVar[Tolerance] = Tolerance(1.3e-4, 0.013, "decibels divided by 40")
 
     low: float
     high: float

@@ -66,7 +66,7 @@ class RemoveSilence(Stage, name="remove_silence"):
         "librosa",
         "numpy",
     )
-    tolerance: ClassVar[Tolerance] = Tolerance(2e-6, 2e-4, "copies the resampler's output")
+    tolerance: ClassVar[Tolerance] = Tolerance(2e-6, 2e-4, "cut out of what the resampler before it gives")
 
     top_db: float
     frame_length: int
