@@ -127,6 +127,13 @@ _METAVARS = {int: "N", float: "X", bool: "", str: "FILE"}
 _DEFAULTS: dict[Any, str] = {"": "nothing", None: "the network's own"}
 
 
+def _from_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{text!r} is not YAML, expected such as '{{bag: {{segment_loss: 0.5}}}}'") from error
+
+
 def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
     """Give a function with `**settings` one option for each setting of Config; those not given are None."""
     hints = get_type_hints(Config)
@@ -137,7 +144,7 @@ def _with_settings(function: Callable[..., Result]) -> Callable[..., Result]:
         info = typer.Option(
             f"--{name}/--no-{name}" if hint is bool else f"--{name}",
             # What has parts is written as in a recipe.
-            parser=None if plain else yaml.safe_load,
+            parser=None if plain else _from_yaml,
             metavar=_METAVARS.get(hint, "NAME" if plain else "YAML"),
             help=_MEANINGS[setting.name],
             show_default=_DEFAULTS.get(setting.default, str(setting.default)),

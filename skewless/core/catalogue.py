@@ -102,7 +102,13 @@ def parameters_of(target: type) -> type[BaseModel]:
     int is accepted for a float.
     """
     fields: dict[str, Any] = {}
-    for name, parameter in inspect.signature(target, eval_str=True).parameters.items():
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except (NameError, TypeError, ValueError) as error:
+        raise DefinitionError(f"{target.__name__}: its parameters' annotations cannot be read: {error}") from error
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise DefinitionError(f"{target.__name__} takes *{name}: name every parameter, with its type")
         annotation = Any if parameter.annotation is parameter.empty else parameter.annotation
         fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
     config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)

@@ -17,7 +17,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from skewless.core.catalogue import check
 from skewless.core.errors import DefinitionError
-from skewless.core.networks import NETWORKS, Network, build_network, spelt_out
+from skewless.core.networks import NETWORKS, Network, build_network, exported_file, spelt_out
 from skewless.core.numerics import NumericPolicy
 from skewless.core.own_code import OwnCode, file_of
 from skewless.core.pipeline import Pipeline
@@ -81,7 +81,7 @@ class Definition:
     def network_files(self) -> tuple[str, ...]:
         """Files of the folder that hold the network, such as model.pt2; empty where a class builds it."""
         name, params = NETWORKS.split(self.network)
-        return (params["file"],) if name == "exported" else ()
+        return (exported_file(params).file,) if name == "exported" else ()
 
     @cached_property
     def packages(self) -> set[str]:
@@ -115,7 +115,9 @@ def read_model(path: Path) -> dict[str, Any]:
             "batchSize, is in model-config.yaml"
         )
     try:
-        NETWORKS.split(spelt_out(content["network"]))
+        name, params = NETWORKS.split(spelt_out(content["network"]))
+        if name == "exported":
+            exported_file(params)
         runtime_settings(content["runtime"])
         POSTPROCESSORS.split(content["postprocess"])
         for key, kind in (("precision", NumericPolicy), ("limits", Limits)):

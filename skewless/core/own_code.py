@@ -80,7 +80,11 @@ class OwnCode:
         if name in names:
             return
         names.add(name)
-        for node in ast.walk(ast.parse(path.read_bytes())):
+        try:
+            parsed = ast.parse(path.read_bytes())
+        except SyntaxError as error:
+            raise OwnCodeError(f"{name} does not import: SyntaxError: {error}") from error
+        for node in ast.walk(parsed):
             if isinstance(node, ast.ImportFrom) and node.level:
                 start = path.parents[node.level - 1]
                 target = start.joinpath(*(node.module or "").split(".")) if node.module else start
@@ -127,7 +131,7 @@ def reference(cls: type) -> str | None:
 
 def file_of(definition_name: str) -> str | None:
     """The file in "stages.py:PreEmphasis"; None for the name of one of ours."""
-    file, colon, _ = definition_name.partition(":")
+    file, colon, _ = str(definition_name).partition(":")
     return file if colon else None
 
 

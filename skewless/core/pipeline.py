@@ -98,6 +98,8 @@ class Pipeline:
         except DefinitionError as error:
             raise PipelineError(str(error)) from error
         recorded = definition.get("code", digests)
+        if not isinstance(recorded, Mapping):
+            raise PipelineError(f"'code' is {recorded!r}, expected the SHA-256 of each Python file by name")
         if changed := [each for each in {**digests, **recorded} if digests.get(each) != recorded.get(each)]:
             raise PipelineError(
                 f"{', '.join(sorted(changed))} in the folder is not the code that this pipeline was written with; put the "

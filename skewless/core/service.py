@@ -147,7 +147,7 @@ class ModelService:
 
     def answer(self, inferred: Sequence[Inferred | RequestError]) -> list[Response]:
         """Turn outputs into responses, each at its request's threshold or else the archive's."""
-        return [Response.of_error(i) if isinstance(i, RequestError) else self._answer(i) for i in inferred]
+        return [Response.of_error(i) if isinstance(i, RequestError) else self._answer_or_fault(i) for i in inferred]
 
     def score(self, payloads: Sequence[bytes]) -> list[Scored]:
         """What evaluation calls: every encoded input's scores. Raises InputError for one that cannot be read."""
@@ -182,6 +182,16 @@ class ModelService:
             # A fault of ours, which must not take the rest of the batch with it.
             _log.exception("preprocessing failed unexpectedly")
             return RequestError(500, "this file could not be processed; the server's log has the reason")
+
+    def _answer_or_fault(self, inferred: Inferred) -> Response:
+        try:
+            return self._answer(inferred)
+        except Exception:
+            # A fault of the post-processing, which must not take the rest of the batch with it.
+            _log.exception("post-processing failed unexpectedly")
+            return Response.of_error(
+                RequestError(500, "this file could not be answered; the server's log has the reason")
+            )
 
     def _answer(self, inferred: Inferred) -> Response:
         request, signal = inferred.prepared.request, inferred.prepared.signal

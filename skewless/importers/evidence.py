@@ -35,7 +35,7 @@ def read_predictions(path: str | Path, classes: Sequence[str] = BINARY) -> dict[
     Raises ImportFileError naming the row and the column that is wrong.
     """
     columns = score_columns(classes)
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         needed = ["file_path", *columns]
         absent = [column for column in needed if column not in (reader.fieldnames or [])]

@@ -164,7 +164,8 @@ def _copy_definition(definition: Definition, staged: Path) -> None:
 
 def _check_servable(definition: Definition) -> None:
     # In the archive they lie beside `handler` and `skewless`, first on the worker's Python path.
-    hiding = [file for file in definition.code if _is_taken(Path(file).parts[0].removesuffix(".py"))]
+    first = {file: Path(file).parts[0].removesuffix(".py") for file in definition.code}
+    hiding = [file for file, name in first.items() if _is_taken(name, definition.folder.resolve())]
     if hiding:
         raise BuildError(f"in an archive {hiding[0]} would hide a package of the same name; give the file another name")
     imitating = [stage.name for stage in definition.pipeline.stages.values() if stage.comparison_only]
@@ -175,8 +176,13 @@ def _check_servable(definition: Definition) -> None:
         )
 
 
-def _is_taken(name: str) -> bool:
-    return name in ("handler", "entry", REFERENCES) or importlib.util.find_spec(name) is not None
+def _is_taken(name: str, folder: Path) -> bool:
+    if name in ("handler", "entry", REFERENCES):
+        return True
+    found = importlib.util.find_spec(name)
+    # Whoever builds inside of the folder has its files on the Python path.
+    own = found is not None and found.origin is not None and Path(found.origin).is_relative_to(folder)
+    return found is not None and not own
 
 
 def _write_metrics(metrics: dict[str, Any], folder: Path) -> None:

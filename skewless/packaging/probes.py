@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from skewless.core.pipeline import Pipeline
+from skewless.core.stages import InputError
 
 SECONDS = 2.5  # a second window, so that what couples windows shows
 
@@ -23,15 +24,24 @@ _FLOOR = 1e-2
 def probes(reads: str) -> dict[str, bytes]:
     """File name to bytes, for a pipeline that reads "audio" or "image"; the same bytes every time.
 
-    Raises KeyError for anything else.
+    Raises ValueError for anything else.
     """
-    return {"audio": recordings, "image": images}[reads]()
+    made = {"audio": recordings, "image": images}.get(reads)
+    if made is None:
+        raise ValueError(
+            f"the pipeline's first stage reads {reads!r}, expected 'audio' or 'image': set `reads` in the stage's class"
+        )
+    return made()
 
 
 def network_inputs(pipeline: Pipeline) -> Iterator[torch.Tensor]:
-    """What the pipeline gives for each probe, `(S, ...)`, computed as it is asked for."""
+    """What the pipeline gives for each probe that it accepts, `(S, ...)`, computed as it is asked for."""
     for payload in probes(pipeline.reads).values():
-        yield pipeline(payload)
+        try:
+            yield pipeline(payload)
+        except InputError:
+            # Such as a picture below the pipeline's smallest size.
+            continue
 
 
 def recordings() -> dict[str, bytes]:

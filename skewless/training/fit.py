@@ -88,6 +88,7 @@ def fit(
     if config.backbone_weights:
         _load_backbone(network, config.backbone_weights)
     network.to(device)
+    _check_together(network, loss, cache, val[0], postprocessor, device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     labels = torch.tensor([entry.recording.label for entry in train])
     counts = torch.bincount(labels, minlength=len(postprocessor.classes)).float().to(device)
@@ -151,6 +152,29 @@ def fit(
     if best["history"] != history:
         save_checkpoint(out / "best.pth", best | {"history": history})
     return load_checkpoint(out / "best.pth")
+
+
+def _check_together(
+    network: Network, loss: Loss, cache: StageCache, entry: Entry, postprocessor: Postprocessor, device: torch.device
+) -> None:
+    """Raise ValueError, before an epoch is spent, unless the network takes what the pipeline gives, the post-processing what
+    the network gives, and the loss both. One recording is run in evaluation, which draws no random number."""
+    x = cache.finish(cache.load(entry.path)).to(device)
+    outputs: dict[str, torch.Tensor] = {}
+    network.eval()
+    try:
+        with torch.inference_mode():
+            outputs = network.head(network.encode(x))
+            postprocessor.scores(outputs)
+            counts = torch.ones(len(postprocessor.classes), device=device)
+            label = torch.tensor([entry.recording.label], device=device)
+            loss(network, Batch([x], label, counts, frozen=False))
+    except (RuntimeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
+        given = ", ".join(f"{name} {tuple(value.shape)}" for name, value in outputs.items()) or "nothing"
+        raise ValueError(
+            f"pipeline, network, loss and post-processing do not fit together: the pipeline gives {tuple(x.shape)}, the network "
+            f"gives {given}, there are {len(postprocessor.classes)} classes; {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_config(config: Config, definition: Definition, cache: StageCache) -> None:

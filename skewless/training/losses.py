@@ -104,6 +104,8 @@ class BagLoss(Loss):
     def __call__(self, network: Network, batch: Batch) -> torch.Tensor:
         if not hasattr(network, "pool"):
             raise ValueError(f"loss 'bag' is for networks that pool segments, which {type(network).__name__} does not")
+        if len(batch.counts) != 2:
+            raise ValueError(f"loss 'bag' tells two classes apart, the post-processing has {len(batch.counts)}")
         x, mask = _padded(batch)
         _, _, segment_logits, bag_logit = network(x, mask)
         loss = _binary_cross_entropy(bag_logit, batch)
@@ -133,6 +135,8 @@ class ClassLoss(Loss):
     def __call__(self, network: Network, batch: Batch) -> torch.Tensor:
         weights = batch.counts.sum() / (len(batch.counts) * batch.counts)
         logits, labels = network.logits(batch.features(network)), batch.row_labels
+        if logits.ndim != 2 or logits.shape[1] not in ((1, 2) if len(weights) == 2 else (len(weights),)):
+            raise ValueError(f"the network's logits are {tuple(logits.shape)}, for {len(weights)} classes")
         if logits.shape[1] == 1:
             return F.binary_cross_entropy_with_logits(logits[:, 0], labels.float(), weight=weights[labels])
         # Not PyTorch's own mean, which divides by the weights: alone, every input would weigh the same.

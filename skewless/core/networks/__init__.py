@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skewless.core.catalogue import Catalogue, check
 from skewless.core.errors import DefinitionError
 from skewless.core.networks.network import Network
 from skewless.core.own_code import OwnCode
 
-__all__ = ["NETWORKS", "SHORT", "Network", "build_network"]
+if TYPE_CHECKING:
+    from skewless.core.networks.exported import ExportedFile
+
+__all__ = ["NETWORKS", "SHORT", "Network", "build_network", "exported_file"]
 
 NETWORKS: Catalogue[Network] = Catalogue(
     "network",
@@ -39,6 +43,18 @@ def spelt_out(definition: Any) -> Any:
     return definition
 
 
+def exported_file(params: Mapping[str, Any]) -> ExportedFile:
+    """What a model.yaml says of an exported network; raises DefinitionError for what it cannot say."""
+    from skewless.core.networks.exported import ExportedFile
+
+    try:
+        return ExportedFile(**check(ExportedFile, params, "network 'exported'"))
+    except DefinitionError:
+        raise
+    except ValueError as error:
+        raise DefinitionError(f"network 'exported': {error}") from error
+
+
 def build_network(definition: Any, folder: str | Path | None = None) -> Network:
     """The network of `{name: {parameter: value}}`, with random weights unless it is an exported one.
 
@@ -49,9 +65,9 @@ def build_network(definition: Any, folder: str | Path | None = None) -> Network:
     name, params = NETWORKS.split(definition)
     if name != "exported":
         return NETWORKS.build(definition, None if folder is None else OwnCode(folder))
-    from skewless.core.networks.exported import ExportedFile, ExportedNetwork
+    from skewless.core.networks.exported import ExportedNetwork
 
-    asked = ExportedFile(**check(ExportedFile, params, "network 'exported'"))
+    asked = exported_file(params)
     if folder is None:
         raise DefinitionError(f"network 'exported' is {asked.file} in the archive's folder, which was not given")
     return ExportedNetwork.from_file(Path(folder, asked.file), asked.outputs, asked.per)

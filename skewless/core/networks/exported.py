@@ -29,6 +29,12 @@ class ExportedFile:
     outputs: tuple[str, ...] = ()
     per: Literal["segment", "recording"] = "segment"
 
+    def __post_init__(self):
+        if Path(self.file).name != self.file or not self.file:
+            raise ValueError(
+                f"file is {self.file!r}, expected the name of a file in the archive's folder, such as model.pt2"
+            )
+
 
 class ExportedNetwork(Network):
     """A network that is its own exported program, as `torch.export.save` wrote it with a dynamic first dimension.

@@ -67,6 +67,9 @@ class TorchvisionClassifier(Network):
         return self.classifier(features)
 
     def head(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One recording's features `(S, F)` to its rows' class_logits and class_probabilities, both `(S, classes)`."""
+        """One recording's features `(S, F)` to its rows' class_logits and class_probabilities, both `(S, classes)`; with two
+        classes also probability `()`, the mean of the rows' for the second class."""
         logits = self.logits(features)
-        return {"class_logits": logits, "class_probabilities": torch.softmax(logits, dim=1)}
+        probabilities = torch.softmax(logits, dim=1)
+        outputs = {"class_logits": logits, "class_probabilities": probabilities}
+        return outputs | ({"probability": probabilities[:, 1].mean()} if logits.shape[1] == 2 else {})

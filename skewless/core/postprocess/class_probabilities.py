@@ -29,15 +29,14 @@ class ClassProbabilities(Postprocessor):
         self._check_threshold()
 
     def scores(self, outputs: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
-        """The classes' probabilities, in order, of class_probabilities `(C,)` or `(1, C)`.
+        """The classes' probabilities, in order, of class_probabilities `(C,)`, or the mean over the rows of `(S, C)`.
 
-        Raises ValueError when the network has another number of outputs, or gives several rows for one input.
+        Raises ValueError when the network has another number of outputs.
         """
         probabilities = outputs["class_probabilities"]
-        if probabilities.ndim == 2 and len(probabilities) == 1:
-            probabilities = probabilities[0]
-        if probabilities.ndim != 1:
-            raise ValueError(f"class_probabilities is {tuple(probabilities.shape)}, expected one row for one input")
+        # One row stays as it is, to the last bit.
+        if probabilities.ndim == 2:
+            probabilities = probabilities[0] if len(probabilities) == 1 else probabilities.mean(dim=0)
         scores = tuple(probabilities.tolist())
         if len(scores) != len(self.classes):
             raise ValueError(f"the network gives {len(scores)} probabilities, for {len(self.classes)} classes")
@@ -46,7 +45,8 @@ class ClassProbabilities(Postprocessor):
     def __call__(
         self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], threshold: float
     ) -> dict[str, Any]:
-        """The response's fields, in plain JSON types: probabilities in [0, 1], width and height in pixels."""
+        """The response's fields, in plain JSON types: probabilities in [0, 1]; of a picture width and height in pixels, of a
+        recording its duration in seconds."""
         scores = self.scores(outputs)
         chosen = self.choose(scores, threshold)
         return {
@@ -55,8 +55,7 @@ class ClassProbabilities(Postprocessor):
             "confident": scores[chosen] >= threshold,
             "probabilities": dict(zip(self.classes, scores, strict=True)),
             "threshold_used": threshold,
-            "width": metadata["width"],
-            "height": metadata["height"],
+            **self._of_the_file(metadata),
         }
 
     def read(self, body: Mapping[str, Any]) -> tuple[tuple[float, ...], int]:

@@ -48,5 +48,5 @@ class LabelThreshold(Postprocessor):
             "probability": probability,
             self.positive_field: bool(chosen),
             "threshold_used": threshold,
-            "duration_s": metadata["duration_s"],
+            **self._of_the_file(metadata),
         }

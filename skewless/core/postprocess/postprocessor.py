@@ -60,6 +60,11 @@ class Postprocessor(ABC):
     def read(self, body: Mapping[str, Any]) -> tuple[tuple[float, ...], int]:
         """The scores and the number of the chosen class, read back from a response's body that `__call__` made."""
 
+    @staticmethod
+    def _of_the_file(metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """What is known of the file and means something to whoever sent it: a duration in seconds, a size in pixels."""
+        return {name: metadata[name] for name in ("duration_s", "width", "height") if name in metadata}
+
     def _check_threshold(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"threshold is {self.threshold}, expected a number in [0, 1]")
