@@ -130,7 +130,7 @@ def test_a_failed_retraining_leaves_nothing_that_would_be_served(tmp_path: Path,
     store, registered = tmp_path / "store", []
     store.mkdir()
 
-    def build(*_):
+    def build(*_, **__):
         (store / "talent-2.0.mar").write_bytes(b"archive")
         return Built(store / "talent-2.0.mar", ())
 

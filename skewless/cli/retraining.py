@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -43,6 +43,12 @@ Version = Annotated[str | None, typer.Option(help="The new archive's version.", 
 Out = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default="runs/retrain/NAME-VERSION")
 ]
+References = Annotated[
+    Literal["evaluation", "synthetic"],
+    typer.Option(
+        help="The recordings that travel in the archive: those of the test split that evaluation kept, or computed ones only."
+    ),
+]
 Cache = Annotated[Path, typer.Option(metavar="DIR", help="Keeps what preprocessing gave.")]
 CACHE = Path("runs/cache")
 
@@ -65,6 +71,7 @@ def start(
     batch_size: BatchSize = None,
     version: Version = None,
     out: Out = None,
+    references: References = "evaluation",
     cache: Cache = CACHE,
     state_dir: StateDir = STATE_DIR,
 ) -> Result:
@@ -85,6 +92,7 @@ def start(
         "--batch-size": batch_size,
         "--version": plan.version,
         "--out": plan.out,
+        "--references": references,
         "--cache": cache,
         "--state-dir": state_dir,
     }
@@ -112,6 +120,7 @@ def run(
     batch_size: BatchSize = None,
     version: Version = None,
     out: Out = None,
+    references: References = "evaluation",
     cache: Cache = CACHE,
     state_dir: StateDir = STATE_DIR,
 ) -> Result:
@@ -119,7 +128,7 @@ def run(
     from skewless.torchserve.retrain import retrain as do
 
     plan = _checked(archive, manifests, recipe, epochs, batch_size, version, out, state_dir)
-    result = do(archive, plan.rows, plan.config, plan.version, plan.out, plan.server, cache)
+    result = do(archive, plan.rows, plan.config, plan.version, plan.out, plan.server, cache, references)
     return Result(result, json.dumps(result, indent=2))
 
 

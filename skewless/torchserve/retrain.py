@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -134,9 +134,11 @@ def retrain(
     out: Path,
     server: Server,
     cache_dir: Path,
+    references: Literal["evaluation", "synthetic"] = "evaluation",
 ) -> dict[str, Any]:
     """Train on `rows`, evaluate, build, register without making it the default, and prove what is served; returns the result.
 
+    references: the recordings that travel in the archive, and that the smoke test sends.
     `out` receives the run and status.json, which ends as "succeeded" or, with the reason, "failed"; what is raised then
     passes through.
     """
@@ -156,7 +158,7 @@ def retrain(
         best = out / "train" / "best.pth"
         metrics = evaluate(definition, checkpoint, best, rows, "test", out / "evaluation", device)
         status.write(out, progress=80, step="building")
-        built = build_archive(archive, best, out / "evaluation", version, server.model_store)
+        built = build_archive(archive, best, out / "evaluation", version, server.model_store, references=references)
         try:
             status.write(out, progress=88, step="registering")
             model = server.register(built.path, default=False)
