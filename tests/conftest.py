@@ -11,10 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.demonstration import KEPT, ROOT, SMALL, Demonstration, trained
+
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+# Two processes that compile librosa's functions for the first time, into one cache, crash: each test process has its own.
+os.environ["NUMBA_CACHE_DIR"] = str(KEPT / f"numba-{_WORKER or 'alone'}")
+if _WORKER:
+    # One test process per core: more threads would only wait for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 from skewless.packaging.build import build_archive
 from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server
-from tests.demonstration import ROOT, SMALL, Demonstration, trained
 
 __all__ = ["OTHERS", "ROOT", "Demonstration", "run_skewless"]
 
