@@ -2,8 +2,6 @@
 
 import csv
 import io
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,8 +12,8 @@ import soundfile
 
 from skewless.demos.cough import FORMATS, encode, split_speakers, synthesize, write_corpus
 from skewless.demos.writer import CorpusError
+from tests.conftest import run_skewless
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "make_corpus.py"
 SETTINGS = {"clips": 24, "seed": 7, "min_seconds": 1.0, "max_seconds": 1.5}
 
 
@@ -169,7 +167,6 @@ def test_impossible_settings_are_refused(change, message, tmp_path):
 
 def test_command_line_exits_with_2_on_a_directory_in_use(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--clips", "12"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run_skewless("corpus", "--kind", "cough", "--out", tmp_path, "--count", 12, check=False)
     assert result.returncode == 2
     assert "no corpus.json" in result.stderr and "Traceback" not in result.stderr
