@@ -20,7 +20,7 @@ from skewless.cli.frame import Result, command
 from skewless.errors import BuildError, CheckFailedError, LoadError, ServerError, UsageError
 from skewless.torchserve.store import as_table, listing
 from skewless.training.config import Config
-from tests.conftest import ROOT, run_skewless
+from tests.conftest import ROOT, call_skewless, run_skewless
 
 COMMANDS = [
     "new",
@@ -135,7 +135,7 @@ def test_training_has_an_option_for_every_setting():
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_wrong_use_exits_with_2_and_names_the_value(arguments: tuple[str, ...], said: str):
-    done = called(*arguments)
+    done = call_skewless(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
     assert done.stderr.startswith("skewless") and "Traceback" not in done.stderr

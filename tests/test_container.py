@@ -65,6 +65,7 @@ def test_the_image_can_run_its_commands(installed: dict[str, str], tmp_path: Pat
     assert (status.returncode, "no server is running" in status.stdout) == (1, True), status.stderr
 
 
+@pytest.mark.chain
 def test_the_voice_features_are_compiled_once(installed: dict[str, str], tmp_path: Path):
     assert "&& skewless serve warm &&" in DOCKERFILE
     warm = subprocess.run(

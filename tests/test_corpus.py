@@ -12,7 +12,7 @@ import soundfile
 
 from skewless.demos.cough import FORMATS, encode, split_speakers, synthesize, write_corpus
 from skewless.demos.writer import CorpusError
-from tests.conftest import run_skewless
+from tests.conftest import call_skewless
 
 SETTINGS = {"clips": 24, "seed": 7, "min_seconds": 1.0, "max_seconds": 1.5}
 
@@ -167,6 +167,6 @@ def test_impossible_settings_are_refused(change, message, tmp_path):
 
 def test_command_line_exits_with_2_on_a_directory_in_use(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    result = run_skewless("corpus", "--kind", "cough", "--out", tmp_path, "--count", 12, check=False)
+    result = call_skewless("corpus", "--kind", "cough", "--out", tmp_path, "--count", 12)
     assert result.returncode == 2
     assert "no corpus.json" in result.stderr and "Traceback" not in result.stderr

@@ -18,7 +18,7 @@ from skewless.packaging.build import Built
 from skewless.torchserve.retrain import STATUS, Status, check_version, merged, next_version, read_status
 from skewless.training.config import Config
 from skewless.training.manifest import ManifestError
-from tests.conftest import ROOT, run_skewless
+from tests.conftest import ROOT, call_skewless
 
 
 def corpus(folder: Path, rows: list[tuple[str, str, str, str]]) -> tuple[Path, Path]:
@@ -119,7 +119,7 @@ def test_no_status_and_a_broken_one_are_told(tmp_path: Path):
 )
 def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...], message: str, tmp_path: Path):
     given = () if arguments[0] == "status" else ("--state-dir", tmp_path)
-    result = run_skewless("retrain", *arguments, *given, check=False)
+    result = call_skewless("retrain", *arguments, *given)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr and "Traceback" not in result.stderr
 

@@ -32,7 +32,7 @@ from skewless.evaluation.feature_pictures import write_pictures
 from skewless.training.manifest import read_manifest
 from skewless.training.offline_augmentation import NOISE_DB, STRETCH, augmented_copies
 from tests import recordings
-from tests.conftest import run_skewless
+from tests.conftest import call_skewless
 from tests.oracles import talent as oracle
 from tests.recordings import one_thread  # noqa: F401
 
@@ -564,7 +564,7 @@ def test_pictures_want_voice_features_and_both_classes(manifest, tmp_path):
 
 def test_the_command_line_exits_with_2(manifest, tmp_path):
     given = ("--manifest", manifest, "--out", tmp_path / "out", "--split", "test")
-    result = run_skewless("features", ARCHIVE, *given, check=False)
+    result = call_skewless("features", ARCHIVE, *given)
     assert result.returncode == 2
     assert "there is no recording of class poor, good" in result.stderr
     assert not (tmp_path / "out").exists()
