@@ -10,6 +10,6 @@ cd "$(dirname "$0")/.."
 if [ $# -gt 0 ]; then
     "$PYTHON" -m pytest "$@"
 else
-    "$PYTHON" -m pytest -m "not chain" -n 2 --dist loadgroup
-    "$PYTHON" -m pytest -m chain -n 2 --dist loadgroup
+    "$PYTHON" -m pytest -m "not chain" -n 2 --dist loadscope
+    "$PYTHON" -m pytest -m chain -n 2 --dist loadscope
 fi

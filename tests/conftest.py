@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.demonstration import KEPT, ROOT, SMALL, Demonstration, trained
 
@@ -55,27 +56,31 @@ def call_skewless(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
-# What needs a trained model or a server takes minutes. Tests that use one of these run in the second group, and those that
-# share a server stay together, in the process that started it.
-_GROUPS = {"others": "archives", "client": "served", "server": "served", "demonstration": "trained"}
+# What needs a trained model or a server takes minutes: tests that use one of these run in the second group.
+_COSTLY = ("demonstration", "others", "server", "client")
+# These modules share one server: with several test processes, they run in one of them.
+_SERVED = ("test_archives", "test_end_to_end", "test_from_other_apis", "test_other_archives", "test_self_test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "chain: needs a trained model or a server; the second, slower group")
 
 
-# First, because xdist reads the groups in the same hook.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        marked = item.get_closest_marker("chain")
-        used = [group for fixture, group in _GROUPS.items() if fixture in getattr(item, "fixturenames", ())]
-        if used and not marked:
-            item.add_marker(pytest.mark.chain)
-        if used or marked:
-            # A module with a server of its own has a fixture of that name: its tests stay together, too.
-            own = getattr(item.module, "GROUP", None)
-            item.add_marker(pytest.mark.xdist_group(own or (used[0] if used else item.module.__name__)))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if set(_COSTLY) & set(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.chain)
+
+
+class _ByServer(LoadScopeScheduling):
+    """A module's tests stay in one process, and so do the modules that share a server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = Path(nodeid.partition("::")[0]).stem
+        return "served" if module in _SERVED else module
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    return _ByServer(config, log)
 
 
 def _packaged(name: str, store: Path) -> Demonstration:

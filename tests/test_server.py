@@ -45,7 +45,6 @@ def answer(fields, context, i):
     }
 """
 
-GROUP = "echo"
 pytestmark = pytest.mark.chain
 
 

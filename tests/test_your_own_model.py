@@ -15,7 +15,6 @@ import pytest
 
 from tests.conftest import ROOT
 
-GROUP = "wheel"
 pytestmark = pytest.mark.chain
 
 # A file that the page shows, or a block of commands, in the page's order.
