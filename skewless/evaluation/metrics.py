@@ -24,6 +24,19 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 _CANDIDATES = np.linspace(0.01, 0.99, 99)
 
 
+def one_against_rest(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels `(N,)` and scores as ranking figures take them: `(N,)` and `(N,)` for scores `(N, 1)`, and for `(N, C)` each
+    class against the rest, `(N, C)` and `(N, C)`, of which the figures are means over the classes."""
+    if scores.shape[1] == 1:
+        return labels, scores[:, 0]
+    return np.eye(scores.shape[1])[labels], scores
+
+
+def auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The area under the ROC curve of labels `(N,)` and scores `(N, 1)` or `(N, C)`, in [0, 1]."""
+    return float(roc_auc_score(*one_against_rest(labels, scores)))
+
+
 def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """The F1-optimal one of linspace(0.01, 0.99, 99); of equals, the middle one, farthest from either class."""
     scores = np.array([f1_score(labels, probabilities > t, zero_division=0.0) for t in _CANDIDATES])

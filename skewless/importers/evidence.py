@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 
 from skewless.core.definition import Definition
 from skewless.core.numerics import TOLERANCES
 from skewless.core.pipeline import Pipeline
+from skewless.evaluation.metrics import auc
 from skewless.evaluation.references import MIN_REFERENCE_SPREAD
 from skewless.evaluation.scores import predict, score_columns, service_of
 from skewless.importers.errors import ImportFileError
@@ -113,26 +113,19 @@ def compare(
         scores = np.array([p.scores for p in predictions])
         if not trials:
             _check_spread(name, scores)
-        auc = _auc(labels, scores)
+        found = auc(labels, scores)
         known = [p for p in predictions if p.recording.file_path in recorded]
         dp = [float(np.abs(np.subtract(p.scores, recorded[p.recording.file_path])).max()) for p in known]
         trials.append(
             Trial(
                 name,
-                auc,
-                None if recorded_auc is None else abs(auc - recorded_auc),
+                found,
+                None if recorded_auc is None else abs(found - recorded_auc),
                 float(np.mean(dp)) if dp else None,
                 max(dp) if dp else None,
             )
         )
     return trials
-
-
-def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Of labels `(N,)` and scores `(N, 1)`; with several classes, `(N, C)`, the mean over each against the rest."""
-    if scores.shape[1] == 1:
-        return float(roc_auc_score(labels, scores[:, 0]))
-    return float(roc_auc_score(np.eye(scores.shape[1])[labels], scores, average="macro"))
 
 
 def _check_spread(name: str, scores: np.ndarray) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 
 from skewless.core.networks import Network
 from skewless.core.numerics import TIERS, TOLERANCES
@@ -22,6 +21,7 @@ from skewless.core.service import ModelService
 from skewless.core.stages import InputError
 from skewless.core.versions import library_versions
 from skewless.errors import BuildError
+from skewless.evaluation.metrics import auc
 from skewless.evaluation.scores import Prediction, predict, score_columns
 from skewless.packaging.probes import network_inputs
 from skewless.training.manifest import Recording, manifest_digest
@@ -135,8 +135,8 @@ class Execution:
         figures: dict[str, Any] = {
             "split": self.split,
             "recordings": len(rows),
-            "auc": _auc(labels, now),
-            "auc_evaluated": _auc(labels, evaluated),
+            "auc": auc(labels, now),
+            "auc_evaluated": auc(labels, evaluated),
             "max_dp": float(np.abs(now - evaluated).max()),
             "flips": int(flipped.sum()),
             "max_dp_references": max(differences),
@@ -203,13 +203,6 @@ class Execution:
                 yield pipeline(recording.path.read_bytes())
             except InputError as error:
                 raise BuildError(f"calibration recording {recording.file_path} cannot be read: {error}") from error
-
-
-def _auc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Of labels `(N,)` and scores `(N, 1)`, or `(N, C)`: then the mean over the classes, each against the rest."""
-    if scores.shape[1] == 1:
-        return float(roc_auc_score(labels, scores[:, 0]))
-    return float(roc_auc_score(np.eye(scores.shape[1])[labels], scores, average="macro"))
 
 
 def _chosen(scores: np.ndarray, service: ModelService) -> np.ndarray:

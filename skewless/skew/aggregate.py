@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import precision_recall_fscore_support
 
 from skewless.core.align import Alignment
 from skewless.core.service import Scored
-from skewless.evaluation.metrics import at_threshold
+from skewless.evaluation.metrics import at_threshold, auc
 from skewless.skew.measure import Measurement, Tally, first_divergence
 
 
@@ -166,14 +166,14 @@ def _metrics(measurements: Sequence[Measurement], threshold: float, classes: Seq
         scores = np.array([answer.scores for answer in answers])
         if len(classes) == 2:
             found[side] = {
-                "auc": float(roc_auc_score(labels, scores[:, 0])),
+                "auc": auc(labels, scores),
                 **at_threshold(labels, scores[:, 0], threshold),
             }
         else:
             chosen = [answer.chosen(threshold) for answer in answers]
             figures = precision_recall_fscore_support(labels, chosen, average="macro", zero_division=0.0)
             found[side] = {
-                "auc": float(roc_auc_score(np.eye(len(classes))[labels], scores, average="macro")),
+                "auc": auc(labels, scores),
                 "accuracy": float(np.mean(chosen == labels)),
                 **dict(zip(("precision", "recall", "f1"), map(float, figures[:3]), strict=True)),
             }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 from torch import nn
 from torchvision.models import ResNet18_Weights
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from skewless.core.networks import NETWORKS, Network
 from skewless.core.own_code import OwnCode, file_of
 from skewless.core.postprocess import Postprocessor
 from skewless.core.versions import library_versions
+from skewless.evaluation.metrics import auc, one_against_rest
 from skewless.training.cache import Entry, StageCache
 from skewless.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from skewless.training.config import Config
@@ -302,11 +303,9 @@ def _validate(
 
 def _ranking(labels: list[int], scores: np.ndarray) -> dict[str, float]:
     """AUC and average precision; with more than two classes the mean over each class against the rest."""
-    truth = np.array(labels) if scores.shape[1] == 1 else np.eye(scores.shape[1])[labels]
-    scores = scores[:, 0] if scores.shape[1] == 1 else scores
     return {
-        "val_auc": float(roc_auc_score(truth, scores)),
-        "val_ap": float(average_precision_score(truth, scores)),
+        "val_auc": auc(np.array(labels), scores),
+        "val_ap": float(average_precision_score(*one_against_rest(np.array(labels), scores))),
     }
 
 
