@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from skewless.core.networks.exported import ExportedNetwork
-from skewless.core.networks.pt2 import ExportedError, check_pt2
+from skewless.core.networks.pt2 import ExportedError, cleaned
 
 PROGRAM = "archive/models/model.json"
 WEIGHTS = "archive/data/weights/model_weights_config.json"
@@ -113,7 +113,7 @@ def loaded(tmp_path, data: bytes, *args, **kwargs) -> ExportedNetwork:
 def refused(tmp_path, data: bytes, message: str) -> None:
     """Neither the check nor the loading lets the bytes pass, and both say why."""
     with pytest.raises(ExportedError, match=message):
-        check_pt2(data)
+        cleaned(data)
     with pytest.raises(ExportedError, match=rf"model\.pt2: .*{message}"):
         loaded(tmp_path, data)
 

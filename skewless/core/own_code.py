@@ -100,7 +100,7 @@ class OwnCode:
         relative = path.relative_to(self.folder)
         if not all(part.isidentifier() for part in relative.with_suffix("").parts):
             raise OwnCodeError(f"{file} cannot be imported by this name; use letters, digits and underscores")
-        package = self._package()
+        package = self._package(file)
         try:
             module = importlib.import_module(".".join((package, *relative.with_suffix("").parts)))
         except Exception as error:  # whatever the file's own code raises
@@ -110,11 +110,11 @@ class OwnCode:
             ) from error
         return module
 
-    def _package(self) -> str:
-        """A package of its own for this folder as it is now: two folders, or two states of one, never share a module."""
-        files = sorted(p for p in self.folder.rglob("*.py") if "__pycache__" not in p.parts)
-        state = b"".join(p.relative_to(self.folder).as_posix().encode() + p.read_bytes() for p in files)
-        name = f"{_PACKAGE}{hashlib.sha256(str(self.folder).encode() + state).hexdigest()[:16]}"
+    def _package(self, file: str) -> str:
+        """A package of its own for a file as it is now, with what it imports: two folders, or two states of one, never share
+        a module."""
+        state = repr((str(self.folder), self.digests([file])))
+        name = f"{_PACKAGE}{hashlib.sha256(state.encode()).hexdigest()[:16]}"
         if name not in sys.modules:
             package = types.ModuleType(name)
             package.__path__ = [str(self.folder)]

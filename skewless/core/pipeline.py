@@ -177,6 +177,11 @@ class Pipeline:
         """The stages that lack what training takes from its recordings, such as a scaler's statistics."""
         return [name for name, stage in self.stages.items() if not stage.fitted]
 
+    @property
+    def comparison_only(self) -> list[str]:
+        """The stages that imitate another system's fault, to measure it, and that no archive carries."""
+        return [stage.name for stage in self.stages.values() if stage.comparison_only]
+
     def replace(self, **stages: Stage) -> Pipeline:
         """The same pipeline with other stages under these names."""
         return Pipeline(self.name, [stages.get(name, stage) for name, stage in self.stages.items()], self.code)

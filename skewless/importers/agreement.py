@@ -75,8 +75,7 @@ def check_stages(pipeline: Pipeline, stages: Sequence[Mapping[str, Any]]) -> Non
 def check_servable(pipeline: Pipeline) -> None:
     """Raises ImportFileError for a pipeline that cannot be served: one with stages that exist to compare with, such as
     another decoder, or with stages that lack the statistics of a training set."""
-    foreign = [s.name for s in pipeline.stages.values() if s.comparison_only]
-    if foreign:
+    if foreign := pipeline.comparison_only:
         raise ImportFileError(
             f"pipeline '{pipeline.name}' has the stage {', '.join(foreign)}, which exists to compare with and cannot be "
             "served; import with the nearest pipeline that can, and measure what that changes"

@@ -168,8 +168,7 @@ def _check_servable(definition: Definition) -> None:
     hiding = [file for file, name in first.items() if _is_taken(name, definition.folder.resolve())]
     if hiding:
         raise BuildError(f"in an archive {hiding[0]} would hide a package of the same name; give the file another name")
-    imitating = [stage.name for stage in definition.pipeline.stages.values() if stage.comparison_only]
-    if imitating:
+    if imitating := definition.pipeline.comparison_only:
         raise BuildError(
             f"stage '{imitating[0]}' imitates another system to compare with, and cannot be served; use the stage that "
             "training used"
@@ -180,9 +179,10 @@ def _is_taken(name: str, folder: Path) -> bool:
     if name in ("handler", "entry", REFERENCES):
         return True
     found = importlib.util.find_spec(name)
+    if found is None:
+        return False
     # Whoever builds inside of the folder has its files on the Python path.
-    own = found is not None and found.origin is not None and Path(found.origin).is_relative_to(folder)
-    return found is not None and not own
+    return found.origin is None or not Path(found.origin).is_relative_to(folder)
 
 
 def _write_metrics(metrics: dict[str, Any], folder: Path) -> None:

@@ -109,14 +109,11 @@ def shown(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 120 else f"{repr(value)[:117]}..."
 
 
-def check_pt2(data: bytes) -> None:
-    """Raise ExportedError, naming the member and the value, if loading these bytes could run code that they bring, the
-    sample inputs aside, which from_file does not load."""
-    cleaned(data)
-
-
 def cleaned(data: bytes) -> io.BytesIO:
-    """A new archive of what torch needs and has been checked; raises ExportedError."""
+    """A new archive of what torch needs and has been checked, without the sample inputs.
+
+    Raises ExportedError, naming the member and the value, if loading the rest could run code that the bytes bring.
+    """
     from torch._export.serde import schema
     from torch.export.pt2_archive import PT2ArchiveWriter
 
