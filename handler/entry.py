@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from skewless.core import load_error
 
 class SkewlessHandler:
     """TorchServe's five verbs over a ModelService: `initialize` once, then for every batch `preprocess`, `inference` and
-    `postprocess`, with `describe` for `GET /models/NAME?customized=true`."""
+    `postprocess`, each of which hands a file on as soon as it is done, with `describe` for `GET /models/NAME?customized=true`."""
 
     def initialize(self, context: Any) -> None:
         """Load the archive and replay its references; what goes wrong is written down for whoever registers it."""
@@ -29,15 +29,15 @@ class SkewlessHandler:
             load_error.check_own_code(properties["model_dir"])
             self.service = ModelService.load(properties["model_dir"], choose_device(properties.get("gpu_id")))
 
-    def preprocess(self, requests: Sequence[Any]) -> list[Any]:
+    def preprocess(self, requests: Sequence[Any]) -> Iterator[Any]:
         """Files to network inputs, or to what is wrong with each."""
         return self.service.prepare(requests)
 
-    def inference(self, prepared: Sequence[Any]) -> list[Any]:
+    def inference(self, prepared: Iterable[Any]) -> Iterator[Any]:
         """Network inputs to outputs by name."""
         return self.service.infer(prepared)
 
-    def postprocess(self, inferred: Sequence[Any]) -> list[Any]:
+    def postprocess(self, inferred: Iterable[Any]) -> Iterator[Any]:
         """Outputs to a status and a JSON body for each file."""
         return self.service.answer(inferred)
 
@@ -47,7 +47,7 @@ class SkewlessHandler:
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
         """One batch: a dict of form fields per request in, one JSON body per request out, each with its own status."""
-        from skewless.core.service import Response, answer_in_groups
+        from skewless.core.service import Response, answer_files
 
         headers = [context.get_all_request_header(number) for number in range(len(data))]
         responses = {
@@ -55,7 +55,7 @@ class SkewlessHandler:
         }
         asked = [number for number in range(len(data)) if number not in responses]
         requests = [request_of(data[number], headers[number], self.service.limits) for number in asked]
-        answers = answer_in_groups(requests, lambda group: self.postprocess(self.inference(self.preprocess(group))))
+        answers = answer_files(requests, lambda files: self.postprocess(self.inference(self.preprocess(files))))
         responses |= zip(asked, answers, strict=True)
         for number, response in responses.items():
             context.set_response_content_type(number, "application/json")

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 
@@ -23,7 +24,8 @@ from skewless.core.own_code import OwnCode, file_of
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import POSTPROCESSORS, Postprocessor, build_postprocessor
 from skewless.core.request import Limits
-from skewless.core.runtimes import runtime_settings
+from skewless.core.runtimes import RUNTIMES, Runtime, load_runtime, runtime_settings
+from skewless.core.stages import Stage
 
 PIPELINE, MODEL, REQUIREMENTS = "pipeline.yaml", "model.yaml", "requirements.txt"
 _KEYS = ("network", "runtime", "postprocess", "precision", "limits")
@@ -56,7 +58,10 @@ class Definition:
                     f"{folder} has no {name}: a model's folder has {PIPELINE} and {MODEL}; `skewless new` writes one"
                 )
         check_requirements(folder)
-        return cls(folder, Pipeline.from_yaml(folder / PIPELINE), **read_model(folder / MODEL))
+        found = cls(folder, Pipeline.from_yaml(folder / PIPELINE), **read_model(folder / MODEL))
+        # Raises where they do not end the pipeline.
+        _ = found.absorbed
+        return found
 
     @property
     def name(self) -> str:
@@ -72,6 +77,29 @@ class Definition:
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, by the labels' numbers."""
         return self.postprocessor.classes
+
+    @property
+    def absorbed(self) -> tuple[Stage, ...]:
+        """The pipeline's last stages, those that the runtime computes with the network; raises DefinitionError for others."""
+        name, _ = RUNTIMES.split(self.runtime)
+        absorb = runtime_settings(self.runtime)[1].absorb
+        names = list(self.pipeline.stages)
+        if list(absorb) != names[len(names) - len(absorb) :] or len(absorb) >= len(names):
+            raise DefinitionError(
+                f"runtime '{name}': absorb is {list(absorb)}, expected the pipeline's last stages in order, such as "
+                f"[{', '.join(names[-2:])}]"
+            )
+        return tuple(self.pipeline.stages[each] for each in absorb)
+
+    @cached_property
+    def prepared(self) -> Pipeline:
+        """The stages that run before the runtime: the pipeline without those that the runtime absorbs."""
+        absorbed = runtime_settings(self.runtime)[1].absorb
+        return self.pipeline.split(absorbed[0])[0] if absorbed else self.pipeline
+
+    def load_runtime(self, device: torch.device) -> Runtime:
+        """What executes the network of this folder, an unpacked archive, on `device`; raises ValueError."""
+        return load_runtime(self.runtime, self.network, self.folder, device, self.absorbed)
 
     def build_network(self) -> Network:
         """The network, with random weights unless it is an exported one; raises DefinitionError."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,13 @@ from skewless.core.numerics import NumericPolicy
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import Part, Postprocessor
 from skewless.core.request import BatchRequest, Limits, Request, RequestError
-from skewless.core.runtimes import Runtime, load_runtime
+from skewless.core.runtimes import Runtime
 from skewless.core.selftest import SelfTest, self_test
 from skewless.core.stages import InputError, InputLimits, Signal
 
 METRICS = "metrics.json"
 
 _log = logging.getLogger(__name__)
-_AT_ONCE = 8  # files that are in memory as the network takes them
 _STATUS = {"malformed": 400, "unsupported": 415, "too_large": 413}
 
 
@@ -76,7 +78,7 @@ class Scored:
 class ModelService:
     """A pipeline, a network behind a runtime, and a postprocessor, with the metrics that belong to them.
 
-    A request goes through `prepare`, `infer` and `answer`, a few at a time; `predict` does all three.
+    A request goes through `prepare`, `infer` and `answer`, one after the other; `predict` does all three.
     """
 
     definition: Definition
@@ -96,7 +98,7 @@ class ModelService:
         definition.precision.apply()
         service = cls(
             definition,
-            load_runtime(definition.runtime, definition.network, root, device),
+            definition.load_runtime(device),
             json.loads((root / METRICS).read_text(encoding="utf-8")),
         )
         if not replay:
@@ -133,25 +135,46 @@ class ModelService:
     def predict(self, requests: Sequence[Request | BatchRequest | RequestError]) -> list[Response]:
         """One response per request, in order. A file that cannot be read is answered alone and never fails another,
         whether it came in a request of its own or among others in one."""
-        return answer_in_groups(requests, lambda group: self.answer(self.infer(self.prepare(group))))
+        return answer_files(requests, lambda files: self.answer(self.infer(self.prepare(files))))
 
-    def prepare(self, requests: Sequence[Request | RequestError]) -> list[Prepared | RequestError]:
-        """Read every file through the pipeline; a file's error takes its place."""
-        return [self._prepare(request) for request in requests]
+    def prepare(self, requests: Sequence[Request | RequestError]) -> Iterator[Prepared | RequestError]:
+        """Read every file through the pipeline; a file's error takes its place.
 
-    def infer(self, prepared: Sequence[Prepared | RequestError]) -> list[Inferred | RequestError]:
-        """Run the network on all that could be prepared, in one batch; errors pass through."""
-        good = [p for p in prepared if isinstance(p, Prepared)]
-        outputs = iter(self.runtime([p.signal.data for p in good]))
-        return [p if isinstance(p, RequestError) else Inferred(p, next(outputs)) for p in prepared]
+        Several files are read at once, in threads, a few ahead of whoever takes them: while the network works on one, the
+        next are decoded.
+        """
+        if len(requests) == 1:
+            yield self._prepare(requests[0])
+            return
+        reading: deque[Future[Prepared | RequestError]] = deque()
+        for request in requests:
+            reading.append(self._readers.submit(self._prepare, request))
+            # What the network takes of a file can be a thousand times larger than the file: only a few wait.
+            if len(reading) > torch.get_num_threads():
+                yield reading.popleft().result()
+        while reading:
+            yield reading.popleft().result()
 
-    def answer(self, inferred: Sequence[Inferred | RequestError]) -> list[Response]:
+    def infer(self, prepared: Iterable[Prepared | RequestError]) -> Iterator[Inferred | RequestError]:
+        """Run the network on all that could be prepared, as soon as a micro-batch of rows is there; errors pass through."""
+        waiting: list[Prepared | RequestError] = []
+        rows = 0
+        for each in prepared:
+            waiting.append(each)
+            rows += len(each.signal.data) if isinstance(each, Prepared) else 0
+            if rows >= self.runtime.settings.micro_batch:
+                yield from self._infer(waiting)
+                waiting, rows = [], 0
+        yield from self._infer(waiting)
+
+    def answer(self, inferred: Iterable[Inferred | RequestError]) -> Iterator[Response]:
         """Turn outputs into responses, each at its request's threshold or else the archive's."""
-        return [Response.of_error(i) if isinstance(i, RequestError) else self._answer_or_fault(i) for i in inferred]
+        for each in inferred:
+            yield Response.of_error(each) if isinstance(each, RequestError) else self._answer_or_fault(each)
 
     def score(self, payloads: Sequence[bytes]) -> list[Scored]:
         """What evaluation calls: every encoded input's scores. Raises InputError for one that cannot be read."""
-        signals = [self.pipeline.run(data, **self.input_limits) for data in payloads]
+        signals = [self.definition.prepared.run(data, **self.input_limits) for data in payloads]
         outputs = self.runtime([signal.data for signal in signals])
         return [
             Scored(self.postprocessor.scores(o), tuple(self.postprocessor.parts(o, s.metadata)))
@@ -171,17 +194,27 @@ class ModelService:
             "self_test": asdict(self.self_test) if self.self_test else None,
         }
 
+    @cached_property
+    def _readers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="reader")
+
     def _prepare(self, request: Request | RequestError) -> Prepared | RequestError:
         if isinstance(request, RequestError):
             return request
         try:
-            return Prepared(request, self.pipeline.run(request.payload, **self.input_limits))
+            return Prepared(request, self.definition.prepared.run(request.payload, **self.input_limits))
         except InputError as error:
             return RequestError(_STATUS[error.kind], str(error))
         except Exception:
             # A fault of ours, which must not take the rest of the batch with it.
             _log.exception("preprocessing failed unexpectedly")
             return RequestError(500, "this file could not be processed; the server's log has the reason")
+
+    def _infer(self, prepared: Sequence[Prepared | RequestError]) -> Iterator[Inferred | RequestError]:
+        good = [p for p in prepared if isinstance(p, Prepared)]
+        outputs = iter(self.runtime([p.signal.data for p in good]))
+        for each in prepared:
+            yield each if isinstance(each, RequestError) else Inferred(each, next(outputs))
 
     def _answer_or_fault(self, inferred: Inferred) -> Response:
         try:
@@ -209,17 +242,12 @@ class ModelService:
         )
 
 
-def answer_in_groups(
+def answer_files(
     requests: Sequence[Request | BatchRequest | RequestError],
-    answer: Callable[[Sequence[Request | RequestError]], list[Response]],
+    answer: Callable[[Sequence[Request | RequestError]], Iterator[Response]],
 ) -> list[Response]:
-    """One response per request: their files are answered a few at a time, and those of one request put together again.
-
-    A few at a time, because what the network takes of a file can be a thousand times larger than the file.
-    """
-    files = [file for request in requests for file in _files(request)]
-    groups = (files[start : start + _AT_ONCE] for start in range(0, len(files), _AT_ONCE))
-    answers = (response for group in groups for response in answer(group))
+    """One response per request: `answer` gives one per file, and those of one request are put together again."""
+    answers = answer([file for request in requests for file in _files(request)])
     return [_together(request, answers) for request in requests]
 
 

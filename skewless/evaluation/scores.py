@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,18 @@ class Prediction:
 
 
 def service_of(definition: Definition, checkpoint: dict[str, Any], device: torch.device) -> ModelService:
-    """The service of a checkpoint that is not packaged yet: pipeline, limits, precision, micro-batch and post-processing
-    are the definition's, as when served; the network runs in eager mode, which other runtimes are compared with.
+    """The service of a checkpoint that is not packaged yet: pipeline, limits, precision and post-processing are the
+    definition's, as when served; the network runs in eager mode behind every stage, which other runtimes are compared with.
 
     Raises CheckpointError for a checkpoint that was trained with something else than the definition says.
     """
     definition = trained(definition, checkpoint)
     definition.precision.apply()
-    _, settings = runtime_settings(definition.runtime)
-    runtime = EagerRuntime(
-        network_of(checkpoint, definition), device, RuntimeSettings(micro_batch=settings.micro_batch)
-    )
+    found, settings = runtime_settings(definition.runtime)
+    # Another runtime's micro-batch is not eager mode's.
+    micro_batch = settings.micro_batch if found is EagerRuntime else RuntimeSettings.micro_batch
+    definition = replace(definition, runtime={EagerRuntime.name: {"micro_batch": micro_batch}})
+    runtime = EagerRuntime(network_of(checkpoint, definition), device, RuntimeSettings(micro_batch=micro_batch))
     return ModelService(definition, runtime, metrics={})
 
 

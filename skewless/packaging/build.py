@@ -119,7 +119,7 @@ def build_archive(
         _copy_definition(definition, staged)
         service = service_of(definition, checkpoint, torch.device("cpu"))
         metrics["references"], warnings = stage_references(references, evaluation, measured["split"], staged, service)
-        weights = [*execution.write(network, pipeline, staged), *(staged / file for file in network.files)]
+        weights = [*execution.write(network, definition, staged), *(staged / file for file in network.files)]
         metrics["weights_sha256"] = {path.relative_to(staged).as_posix(): file_digest(path) for path in weights}
         _write_metrics(metrics, staged)
         if execution.tier == "reduced":
@@ -265,6 +265,6 @@ def _zip_reproducibly(folder: Path, target: Path) -> None:
             info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
             info.external_attr = 0o644 << 16
             # Weights do not compress; storing them keeps building and loading fast.
-            stored = path.suffix in (".safetensors", ".onnx", ".pt2")
+            stored = path.suffix in (".safetensors", ".onnx", ".mnn", ".pt2")
             info.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
             archive.writestr(info, path.read_bytes())

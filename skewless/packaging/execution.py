@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from skewless.core.definition import Definition
 from skewless.core.networks import Network
 from skewless.core.numerics import TIERS, TOLERANCES
 from skewless.core.pipeline import Pipeline
@@ -81,12 +82,15 @@ class Execution:
         return TIERS[self.precision]
 
     def definition(self, runtime: Mapping[str, Any]) -> dict[str, Any]:
-        """The `runtime` entry of an archive's model.yaml: `runtime` where it asks for just this, else one that does, with
-        the same micro-batch."""
+        """The `runtime` entry of an archive's model.yaml: `runtime` where it asks for just this, else one that does and
+        absorbs the same stages, and of the same runtime with the same micro-batch."""
         found, settings = runtime_settings(runtime)
         if (found.name, settings.precision) == (self.runtime, self.precision):
             return dict(runtime)
-        return {self.runtime: asdict(replace(settings, precision=self.precision))}
+        if found.name != self.runtime:
+            settings = RuntimeSettings(absorb=settings.absorb)
+        chosen = replace(settings, precision=self.precision)
+        return {self.runtime: {**asdict(chosen), "absorb": list(chosen.absorb)}}
 
     def metadata(self) -> dict[str, Any]:
         """What the archive's metrics record: what executes it, and how far from evaluation it may be."""
@@ -102,12 +106,13 @@ class Execution:
             metadata["calibration"] = {"recordings": len(chosen), "manifest_sha256": manifest_digest(chosen)}
         return metadata
 
-    def write(self, network: Network, pipeline: Pipeline, folder: Path) -> list[Path]:
+    def write(self, network: Network, definition: Definition, folder: Path) -> list[Path]:
         """Write the files that the runtime loads into the archive's folder; returns their paths, none for a network that is
         in a file of its own. Raises BuildError for a network that the runtime cannot execute."""
+        pipeline, absorbed = definition.prepared, definition.absorbed
         examples = self._calibration_inputs(pipeline) if self._calibrated else network_inputs(pipeline)
         try:
-            return self._class.write(network, folder, RuntimeSettings(self.precision), examples)
+            return self._class.write(network, folder, RuntimeSettings(self.precision), examples, absorbed)
         except BuildError:
             raise
         except ValueError as error:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from skewless.core.networks import Network
+from skewless.core.networks.with_stages import WithStages
 from skewless.core.runtimes.runtime import DEFAULTS, Runtime, RuntimeSettings
+from skewless.core.stages import Stage
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -28,6 +30,7 @@ class OnnxRuntime(Runtime):
     """
 
     name = "onnxruntime"
+    devices = ("cpu", "cuda")
     precisions = ("fp32", "fp16", "int8")
     calibrated = ("int8",)
     packages = ("onnxruntime",)
@@ -41,9 +44,14 @@ class OnnxRuntime(Runtime):
 
     @classmethod
     def write(
-        cls, network: Network, folder: Path, settings: RuntimeSettings, examples: Iterable[torch.Tensor]
+        cls,
+        network: Network,
+        folder: Path,
+        settings: RuntimeSettings,
+        examples: Iterable[torch.Tensor],
+        absorbed: Sequence[Stage] = (),
     ) -> list[Path]:
-        """model.onnx, which holds the network and its weights, in the settings' precision."""
+        """model.onnx, which holds the network, its weights and the absorbed stages, in the settings' precision."""
         try:
             from skewless.core.runtimes.onnx_graph import write_graph
         except ImportError as error:
@@ -51,12 +59,18 @@ class OnnxRuntime(Runtime):
             raise ValueError(
                 f"a graph for ONNX Runtime is written with {needed}: {error}; install them with pip"
             ) from error
-        write_graph(network, folder / MODEL, settings.precision, examples)
+        rows = (example.float() for example in examples)
+        write_graph(WithStages(network, absorbed) if absorbed else network, folder / MODEL, settings.precision, rows)
         return [folder / MODEL]
 
     @classmethod
     def load(
-        cls, archive_dir: Path, network: Mapping[str, Any], device: torch.device, settings: RuntimeSettings
+        cls,
+        archive_dir: Path,
+        network: Mapping[str, Any],
+        device: torch.device,
+        settings: RuntimeSettings,
+        absorbed: Sequence[Stage] = (),
     ) -> OnnxRuntime:
         """The archive's model.onnx, which holds the network and its weights.
 
@@ -65,7 +79,7 @@ class OnnxRuntime(Runtime):
         return cls(archive_dir / MODEL, device, settings)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """Recordings, each `(S_i, ...)` float32, to each one's outputs on the CPU.
+        """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU.
 
         Every recording is a run of its own, so its result cannot depend on its neighbours.
         """
@@ -74,7 +88,7 @@ class OnnxRuntime(Runtime):
     def _run(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         feeds: dict[str, np.ndarray] = {}
         for chunk in rows.split(self.settings.micro_batch):
-            feeds[self._input] = chunk.numpy()
+            feeds[self._input] = chunk.float().numpy()
             outputs = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
             feeds[PRECEDING] = outputs.pop(FEATURES)
         return {name: torch.from_numpy(value) for name, value in outputs.items()}

@@ -25,7 +25,7 @@ from skewless.core.networks import Network
 from skewless.core.networks.program import innermost, program_of
 from skewless.core.numerics import TOLERANCES
 from skewless.core.runtimes.onnx import FEATURES, PRECEDING, OnnxRuntime
-from skewless.core.runtimes.runtime import RuntimeSettings
+from skewless.core.runtimes.runtime import Runtime, RuntimeSettings
 
 _OPSET = 18
 _INT8_OPERATORS = ("Conv", "Relu", "Add", "MaxPool", "GlobalAveragePool")
@@ -50,7 +50,7 @@ def write_graph(network: Network, path: Path, precision: str, examples: Iterable
         raise ValueError("there is no example of the network's input, expected the pipeline's output for a recording")
     model = trace_network(network, first)
     save_graph(model, path)
-    _check(path, network, first)
+    check_numbers(OnnxRuntime(path, torch.device("cpu"), RuntimeSettings(micro_batch=2)), network, first)
     if precision == "fp16":
         save_graph(to_fp16(model), path)
     elif precision == "int8":
@@ -112,9 +112,11 @@ def _name_dimensions(graph: onnx.GraphProto) -> None:
                 dimension.dim_param = " ".join(symbols.get(word, word) for word in words)
 
 
-def _check(path: Path, network: Network, example: torch.Tensor) -> None:
-    """Raise ValueError unless the graph gives the network's numbers for 1, 2 and 5 rows, encoded two at a time."""
-    graph = OnnxRuntime(path, torch.device("cpu"), RuntimeSettings(micro_batch=2))
+def check_numbers(graph: Runtime, network: Network, example: torch.Tensor) -> None:
+    """Raise ValueError unless a written graph gives the network's numbers for 1, 2 and 5 rows, encoded two at a time.
+
+    example: the network's input for a recording, `(S, ...)` float32.
+    """
     allowed = TOLERANCES["exact"]
     for count in (1, 2, 5):
         rows = example[torch.arange(count) % len(example)]

@@ -12,6 +12,7 @@ import torch
 
 from skewless.core.networks import Network
 from skewless.core.numerics import TIERS, TOLERANCES
+from skewless.core.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,14 @@ class RuntimeSettings:
 
     precision: the arithmetic, one of the runtime's `precisions`.
     micro_batch: how many rows go through the network at once; it bounds memory, whatever the requests.
+    absorb: the pipeline's last stages, in order, that the runtime computes together with the network, such as
+        ("replicate", "standardize"). What reaches it is what comes before them: fewer values to copy. Only stages that
+        compute each row by itself, from its values alone, can be absorbed.
     """
 
     precision: str = "fp32"
     micro_batch: int = 32
+    absorb: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.precision not in TIERS:
@@ -36,12 +41,12 @@ DEFAULTS = RuntimeSettings()
 
 
 class Runtime(ABC):
-    """Executes a network: recordings, each `(S_i, ...)` float32, to each one's outputs by name, on the CPU.
+    """Executes a network: recordings, each `(S_i, ...)` float32 or float16, to each one's outputs by name, on the CPU.
 
     One more runtime is one more file with such a class, and its line in RUNTIMES: `write` makes an archive's files where
     the archive is built, `load` opens them where it is served.
 
-    name: as definitions call it. precisions: those that it has. calibrated: those of them whose value ranges are taken from
+    name: as definitions call it. devices: the kinds that it computes on. precisions: those that it has. calibrated: those of them whose value ranges are taken from
     training recordings when the archive is built. packages: those that compute the outputs, beside the network's own, as
     pip names them. build_packages: those that only `write` needs.
     precision: of this one. tier: "exact" or "reduced", which sets the tolerance: how far an output may be from the one
@@ -49,6 +54,7 @@ class Runtime(ABC):
     """
 
     name: ClassVar[str]
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda", "mps")
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     calibrated: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[tuple[str, ...]] = ("torch",)
@@ -60,11 +66,17 @@ class Runtime(ABC):
     @classmethod
     @abstractmethod
     def write(
-        cls, network: Network, folder: Path, settings: RuntimeSettings, examples: Iterable[torch.Tensor]
+        cls,
+        network: Network,
+        folder: Path,
+        settings: RuntimeSettings,
+        examples: Iterable[torch.Tensor],
+        absorbed: Sequence[Stage] = (),
     ) -> list[Path]:
         """Write what `load` will need of a trained network into an archive's folder, and return the files' paths.
 
-        examples: the pipeline's outputs `(S_i, ...)` for some recordings, computed as they are asked for. The first gives
+        absorbed: the stages that go before the network, those that `settings.absorb` names.
+        examples: what comes before them, or the pipeline's outputs, `(S_i, ...)` for some recordings, computed as they are asked for. The first gives
             the shape of a row; a precision in `calibrated` takes its value ranges from all of them.
         The same network and examples give the same bytes. Raises ValueError for a network that this runtime cannot execute.
         """
@@ -72,14 +84,19 @@ class Runtime(ABC):
     @classmethod
     @abstractmethod
     def load(
-        cls, archive_dir: Path, network: Mapping[str, Any], device: torch.device, settings: RuntimeSettings
+        cls,
+        archive_dir: Path,
+        network: Mapping[str, Any],
+        device: torch.device,
+        settings: RuntimeSettings,
+        absorbed: Sequence[Stage] = (),
     ) -> Runtime:
         """The runtime with an unpacked archive's weights. Raises ValueError when they do not fit, or the device cannot be used."""
 
     @abstractmethod
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """Recordings, each `(S_i, ...)` float32, to each one's outputs on the CPU. What one recording gets does not depend
-        on the others."""
+        """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU. What one recording gets does not
+        depend on the others."""
 
     @property
     def precision(self) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from skewless.core.pipeline import Pipeline
 from skewless.core.selftest.record import kind, summary
-from skewless.core.stages import Signal, Tolerance
+from skewless.core.stages import Tolerance
 
 
 class StageDiffersError(ValueError):
@@ -19,17 +19,17 @@ class StageDiffersError(ValueError):
         self.stage, self.difference = stage, difference
 
 
-def network_input(
+def compare_stages(
     pipeline: Pipeline, payload: bytes, kinds: Mapping[str, str], values: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """The network's input for one recording, every stage on the way compared with its record.
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every stage's name and output for one recording, compared with its record before it is handed on.
 
     kinds: the `kind` of every stage's output, by the stages' names, in order. values: their `summary`, by the same names.
     Raises StageDiffersError for the first stage that is further from its record than its tolerance, or in another place,
     and for a first stage that has no tolerance.
     """
     expected = iter(kinds.items())
-    signal, unit = Signal(None), ""
+    unit = ""
     tolerance: Tolerance | None = None
     for name, signal in pipeline.steps(payload):
         recorded_name, recorded_kind = next(expected, (None, None))
@@ -42,9 +42,9 @@ def network_input(
         if tolerance is None:
             raise StageDiffersError(name, "no unit, and no stage before it to take the tolerance of; give it a unit")
         _compare(name, summary(signal.data), values[name], tolerance, unit)
+        yield name, signal.data
     if (missing := next(expected, None)) is not None:
         raise StageDiffersError(missing[0], "recorded with this stage, which is missing now")
-    return signal.data
 
 
 def _compare(name: str, now: torch.Tensor, then: torch.Tensor, tolerance: Tolerance, unit: str) -> None:

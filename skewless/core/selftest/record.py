@@ -22,6 +22,7 @@ def record(definition: Definition, runtime: Runtime) -> None:
     folder = definition.folder / REFERENCES
     recordings = (p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".json", ".safetensors"))
     files = sorted(p.relative_to(folder).as_posix() for p in recordings)
+    last = list(definition.prepared.stages)[-1]
     kinds: dict[str, dict[str, Any]] = {}
     values: dict[str, torch.Tensor] = {}
     for file in files:
@@ -29,7 +30,9 @@ def record(definition: Definition, runtime: Runtime) -> None:
         for stage, signal in definition.pipeline.steps((folder / file).read_bytes()):
             kinds[file][stage] = kind(signal.data)
             values[f"{file}/{stage}"] = summary(signal.data)
-        (outputs,) = runtime([signal.data])
+            if stage == last:
+                prepared = signal.data
+        (outputs,) = runtime([prepared])
         values |= {f"{file}/network/{name}": value.double() for name, value in outputs.items()}
     save_file(values, folder / VALUES)
     recorded = {"library_versions": library_versions(definition.packages), "recordings": kinds}

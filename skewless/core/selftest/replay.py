@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from skewless.core.definition import Definition
 from skewless.core.pipeline import Pipeline
 from skewless.core.runtimes import Runtime
-from skewless.core.selftest.compare import StageDiffersError, network_input
+from skewless.core.selftest.compare import StageDiffersError, compare_stages
 from skewless.core.selftest.record import ENTRIES, KINDS, REFERENCES, VALUES
 from skewless.core.versions import changed_versions, library_versions
 
@@ -46,7 +46,7 @@ def self_test(definition: Definition, runtime: Runtime, metrics: Mapping[str, An
     folder = definition.folder / REFERENCES
     recorded = json.loads((folder / KINDS).read_text(encoding="utf-8"))
     replay = _Replay(folder, load_file(folder / VALUES), recorded["library_versions"], definition)
-    inputs = {file: replay.network_input(file, kinds) for file, kinds in recorded["recordings"].items()}
+    inputs = {file: replay.prepared(file, kinds) for file, kinds in recorded["recordings"].items()}
     _check_definition(definition, metrics)
     _check_weights(definition.folder, metrics)
     outputs = dict(zip(inputs, runtime(list(inputs.values())), strict=True))
@@ -74,13 +74,15 @@ class _Replay:
     versions: Mapping[str, str]
     definition: Definition
 
-    def network_input(self, file: str, kinds: Mapping[str, str]) -> torch.Tensor:
-        """The network's input for one recording, every stage on the way compared with its record."""
+    def prepared(self, file: str, kinds: Mapping[str, str]) -> torch.Tensor:
+        """What the runtime takes of one recording, every stage of the pipeline compared with its record."""
         values = {stage: self.values[f"{file}/{stage}"] for stage in kinds}
+        payload = (self.folder / file).read_bytes()
         try:
-            return network_input(self.definition.pipeline, (self.folder / file).read_bytes(), kinds, values)
+            outputs = dict(compare_stages(self.definition.pipeline, payload, kinds, values))
         except StageDiffersError as found:
             raise self.error(found.stage, file, found.difference) from None
+        return outputs[list(self.definition.prepared.stages)[-1]]
 
     def check_outputs(self, file: str, outputs: Mapping[str, torch.Tensor], allowed: float) -> None:
         """Raise SelfTestError for the first of the network's outputs that is too far from its record."""

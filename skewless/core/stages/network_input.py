@@ -68,6 +68,6 @@ class Standardize(Stage, name="standardize"):
     def __call__(self, signal: Signal) -> Signal:
         low, high = self.input_range
         unit = (signal.data.to(_DTYPES[self.arithmetic]) - low) / (high - low)
-        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
-        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        mean = torch.tensor(self.mean, device=unit.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=unit.device).view(1, -1, 1, 1)
         return signal.of((unit - mean) / std)

@@ -1,0 +1,159 @@
+"""MNN, on the CPU: convolutions by Winograd's algorithm, which needs fewer multiplications than the direct sum.
+
+S. Winograd, "Arithmetic Complexity of Computations", 1980; for networks A. Lavin, S. Gray, "Fast Algorithms for Convolutional
+Neural Networks", CVPR 2016. The package is imported when such an archive is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from skewless.core.networks import Network
+from skewless.core.networks.with_stages import WithStages
+from skewless.core.runtimes.runtime import DEFAULTS, Runtime, RuntimeSettings
+from skewless.core.stages import Stage
+
+ENCODER, HEAD = "encoder.mnn", "head.mnn"
+
+
+class MnnRuntime(Runtime):
+    """Two graphs: the rows' features, a few rows at a time, and the head over all of a recording's features.
+
+    A recording's rows are cut into micro-batches by themselves, never beside another's: in MNN the last bits of a row depend
+    on its place in the batch, and so they are the same in whatever company a recording comes.
+    """
+
+    name = "mnn"
+    devices = ("cpu",)
+    packages = ("MNN",)
+    build_packages = ("onnx", "onnxscript")
+
+    def __init__(self, encoder: Path, head: Path, settings: RuntimeSettings = DEFAULTS):
+        self.device, self.settings = torch.device("cpu"), settings
+        threads = torch.get_num_threads()
+        # The head is a few small products: more threads would only wait for each other.
+        self._encoder, self._head = _Graph(encoder, threads), _Graph(head, 1)
+
+    @classmethod
+    def write(
+        cls,
+        network: Network,
+        folder: Path,
+        settings: RuntimeSettings,
+        examples: Iterable[torch.Tensor],
+        absorbed: Sequence[Stage] = (),
+    ) -> list[Path]:
+        """encoder.mnn and head.mnn, which hold the network, its weights and the absorbed stages."""
+        try:
+            from skewless.core.runtimes.mnn_graph import write_graphs
+        except ImportError as error:
+            needed = ", ".join((*cls.packages, *cls.build_packages))
+            raise ValueError(f"graphs for MNN are written with {needed}: {error}; install them with pip") from error
+        rows = (example.float() for example in examples)
+        encoder, head = folder / ENCODER, folder / HEAD
+        write_graphs(WithStages(network, absorbed) if absorbed else network, encoder, head, rows)
+        return [encoder, head]
+
+    @classmethod
+    def load(
+        cls,
+        archive_dir: Path,
+        network: Mapping[str, Any],
+        device: torch.device,
+        settings: RuntimeSettings,
+        absorbed: Sequence[Stage] = (),
+    ) -> MnnRuntime:
+        """The archive's graphs. Raises ValueError when MNN is not installed, or cannot open them."""
+        if device.type != "cpu":
+            raise ValueError(
+                f"runtime 'mnn' computes on the CPU, not on device '{device}'; for that choose runtime 'eager'"
+            )
+        return cls(archive_dir / ENCODER, archive_dir / HEAD, settings)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU.
+
+        What a recording gets does not depend on the others, to the last bit.
+        """
+        return [self._run(rows) for rows in inputs]
+
+    def _run(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = [self._encoder(chunk.float().numpy()) for chunk in rows.split(self.settings.micro_batch)]
+        outputs = self._head(np.concatenate([feature for (feature,) in (f.values() for f in features)]))
+        return {name: torch.from_numpy(value) for name, value in outputs.items()}
+
+
+class _Graph:
+    """One graph, with one input of any number of rows."""
+
+    def __init__(self, path: Path, threads: int):
+        with printed_by_c() as printed:
+            try:
+                import MNN
+            except ImportError as error:
+                raise ValueError("this archive runs on MNN; pip install MNN as requirements.txt has it") from error
+            self._mnn = MNN
+            self._interpreter = MNN.Interpreter(str(path))
+            # "high": float32 throughout.
+            self._session = self._interpreter.createSession(
+                {"backend": "CPU", "precision": "high", "numThread": threads}
+            )
+        if self._session is None:
+            raise ValueError(
+                f"MNN {MNN.version()} cannot open {path.name}: {' '.join(printed)}; build the archive again"
+            )
+        self._input = self._interpreter.getSessionInput(self._session)
+        self._shape: tuple[int, ...] = ()
+
+    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """`(N, ...)` float32 to the outputs by name."""
+        if rows.shape != self._shape:
+            self._interpreter.resizeTensor(self._input, rows.shape)
+            self._interpreter.resizeSession(self._session)
+            self._shape = rows.shape
+        # MNN copies from where the rows are: it has to be one piece of memory, alive until then.
+        rows = np.ascontiguousarray(rows)
+        self._input.copyFrom(self._tensor(rows))
+        self._interpreter.runSession(self._session)
+        outputs = self._interpreter.getSessionOutputAll(self._session)
+        return {name: self._copied(output) for name, output in outputs.items()}
+
+    def _copied(self, output: Any) -> np.ndarray:
+        shape = tuple(output.getShape())
+        host = self._tensor(np.empty(shape, dtype=np.float32))
+        output.copyToHostTensor(host)
+        return np.array(host.getNumpyData(), dtype=np.float32).reshape(shape)
+
+    def _tensor(self, values: np.ndarray) -> Any:
+        mnn = self._mnn
+        return mnn.Tensor(values.shape, mnn.Halide_Type_Float, values, mnn.Tensor_DimensionType_Caffe)
+
+
+@contextlib.contextmanager
+def printed_by_c() -> Iterator[list[str]]:
+    """The lines that MNN prints, filled in at the end: it says what it finds, errors too, on the standard output, where a
+    command's JSON goes."""
+    lines: list[str] = []
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            yield lines
+        finally:
+            # What C has not written yet was printed in here.
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
