@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SERVING = ("serving", "training", "audio", "voice", "images", "onnx")
+SERVING = ("serving", "training", "audio", "voice", "images", "onnx", "mnn")
 
 
 def share_packages(folder: Path) -> None:
