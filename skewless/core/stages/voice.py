@@ -56,7 +56,7 @@ class RemoveSilence(Stage, name="remove_silence"):
     A frame of `frame_length` samples every `hop_length`, centred and zero-padded, is silent when its RMS level is
     `top_db` or more below that of the recording's loudest frame. Frames below -100 dB of full scale all have the same
     level, so that nothing is removed from a recording that stays below it; of one whose samples are all zero, nothing is
-    left, and it raises InputError "malformed" (librosa keeps it).
+    left, and it raises InputError "malformed" (librosa keeps it); also for samples so large that their power is not finite.
 
     The metadata's `num_samples` becomes M; `duration_s` stays the recording's.
     """
@@ -78,7 +78,10 @@ class RemoveSilence(Stage, name="remove_silence"):
         waveform = _mono(self, signal)
         if not waveform.any():
             raise InputError("the recording is silent: every sample is 0; record it again, with the microphone on")
-        loud = voice_tracks.loud_parts(waveform, self.top_db, self.frame_length, self.hop_length)
+        with np.errstate(over="ignore", invalid="ignore"):
+            loud = voice_tracks.loud_parts(waveform, self.top_db, self.frame_length, self.hop_length)
+        if not len(loud):
+            raise _too_large(waveform)
         kept = np.concatenate([waveform[start:end] for start, end in loud])
         return signal.of(torch.from_numpy(kept).unsqueeze(0), num_samples=len(kept))
 
@@ -139,14 +142,10 @@ class VoiceFeatures(Stage, name="voice_features"):
                 f"there is {len(waveform) / rate:.3f} s of sound, less than one frame of {self.n_fft / rate:.3f} s; "
                 "record something longer"
             )
-        # A sample above 1e19 has a power that float32 does not hold; what it leads to is refused below.
         with np.errstate(over="ignore", invalid="ignore"):
             values = self._values(waveform, rate)
         if not np.isfinite(values).all():
-            raise InputError(
-                f"the loudest sample is {np.abs(waveform).max():.3g} times full scale, whose power is no finite number; "
-                "export the recording with samples in [-1, 1]"
-            )
+            raise _too_large(waveform)
         return signal.of(torch.from_numpy(values.astype(np.float32)).unsqueeze(0))
 
     def _values(self, waveform: NDArray[np.float32], rate: int) -> NDArray[np.float64]:
@@ -237,3 +236,10 @@ def _mono(stage: Stage, signal: Signal) -> NDArray[np.float32]:
     channels = signal.data.shape[0]
     stage.require(channels == 1, f"it takes one channel, got {channels}; add a 'downmix' stage before it")
     return signal.data[0].numpy()
+
+
+def _too_large(waveform: NDArray[np.float32]) -> InputError:
+    return InputError(
+        f"the largest sample is {np.abs(waveform).max():.3g} times full scale, and float32 cannot hold its power; export the "
+        "recording with samples between -1 and 1"
+    )
