@@ -66,7 +66,7 @@ def _write(module: nn.Module, name: str, example: torch.Tensor, outputs: list[st
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "graph.onnx")
         onnx.save(graph, source)
-        command = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", source, "--MNNModel", path]
+        command = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(path)]
         done = subprocess.run([*command, "--bizCode", "skewless"], capture_output=True, text=True, check=False)
     if done.returncode or not path.is_file():
         said = " ".join(
