@@ -157,13 +157,14 @@ def score(
 
     mar = Mar.read(archive)
     with Parts.opened(out) as parts:
+        stated = {
+            "name": mar.name,
+            "version": mar.version,
+            "pipeline_fingerprint": mar.fingerprint,
+            "sha256": mar.sha256,
+        }
         options = {
-            "archive": {
-                "name": mar.name,
-                "version": mar.version,
-                "pipeline_fingerprint": mar.fingerprint,
-                "sha256": mar.sha256,
-            },
+            "archive": stated,
             "threshold": threshold,
             "input": str(source.absolute()),
             "root": None if root is None else str(root.absolute()),
@@ -178,7 +179,7 @@ def score(
                     speed = _collect(batches, parts, files, done, mar, part_seconds, bar)
         unreadable = parts.merge()
     seconds = time.monotonic() - started
-    return Summary(out, options["archive"], len(files), resumed, unreadable, crew.workers, crew.threads, seconds, speed)
+    return Summary(out, stated, len(files), resumed, unreadable, crew.workers, crew.threads, seconds, speed)
 
 
 def _collect(

@@ -60,6 +60,7 @@ class Scorer:
         sys.path.insert(0, str(folder))
 
         import torch
+
         from skewless.core import load_error
         from skewless.core.numerics import choose_device
         from skewless.core.request import refuse_large
@@ -85,32 +86,37 @@ class Scorer:
         """What is known of one file: plain values, some of them None where it has no answer."""
         if self._fault:
             return {"file_path": file_path, FAULT: self._fault}
-        from skewless.core.request import BatchRequest, RequestError, parse_request
+        from skewless.core.request import BatchRequest, Request, RequestError, parse_request
 
         row: dict[str, Any] = {"file_path": file_path, **self._answered_by}
         fields: dict[str, Any] = {} if self._threshold is None else {"threshold": repr(self._threshold)}
+        request: Request | BatchRequest | RequestError
         try:
             payload = self._read(path)
             row["sha256"] = hashlib.sha256(payload).hexdigest()
             request = parse_request({**fields, "data": payload}, {}, self._limits)
-            if isinstance(request, BatchRequest):
-                request = RequestError(
-                    400, "the file is a JSON request for several files, expected one recording or image"
-                )
         except OSError as error:
             # No server has seen it, so there is no status.
             return row | {"error": f"the file cannot be read: {error.strerror or error}"}
         except RequestError as error:
             request = error
+        if isinstance(request, BatchRequest):
+            request = RequestError(400, "the file is a JSON request for several files, expected one recording or image")
         self._reasons.last = ""
         (answer,) = self._service.predict([request])
-        row |= {"status": answer.status, "body": json.dumps(answer.body, allow_nan=False)}
+        try:
+            row |= {"status": answer.status, "body": json.dumps(answer.body, allow_nan=False)}
+        except ValueError:
+            return row | {
+                "status": 503,
+                "error": "the answer has a number that is not finite, which a server cannot send",
+            }
         if answer.status != 200:
             return row | {"error": self._reasons.last or answer.body["message"]}
         postprocessor = self._service.postprocessor
         scores, chosen = postprocessor.read(answer.body)
         names = ["score"] if len(scores) == 1 else [f"score_{name}" for name in postprocessor.classes]
-        given = dict(zip(names, scores, strict=True))
+        given: dict[str, Any] = dict(zip(names, scores, strict=True))
         given |= {"decision": postprocessor.classes[chosen], "threshold": answer.body["threshold_used"]}
         # The rest is in the body: lists, and what would be taken for one of ours.
         plain = {
