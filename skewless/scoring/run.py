@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from tqdm import tqdm
@@ -25,6 +25,11 @@ from tqdm import tqdm
 from skewless.errors import LoadError, ScoringError, UsageError
 from skewless.scoring import worker
 from skewless.scoring.files import File, list_files
+
+if TYPE_CHECKING:
+    import psutil
+
+    from skewless.scoring.parts import Parts
 
 # Files that a worker is given at once. Few, because those that it has answered are lost when the run is killed meanwhile.
 _CHUNK = 32
@@ -102,7 +107,7 @@ class Crew:
 class Summary:
     """What a run did. files: all; resumed: those of them that an earlier, interrupted run had done. unreadable: the rows
     without an answer: file_path, status, error. seconds: of this run; files_per_s: from the first rows on, without the start
-    of the workers; None where all rows came at once."""
+    of the workers; None where all rows came at once. workers is 0 where none was left to do."""
 
     out: Path
     archive: Mapping[str, Any]
@@ -114,15 +119,20 @@ class Summary:
     seconds: float
     files_per_s: float | None
 
+    def _crew(self) -> str:
+        if not self.workers:
+            return "every file had been scored before"
+        return f"workers: {self.workers}, threads of each: {self.threads}"
+
     def text(self) -> str:
         """For people. The first reasons only; the result has all."""
         archive, count = self.archive, len(self.unreadable)
         speed = f", {self.files_per_s:.1f} files/s once the workers were ready" if self.files_per_s else ""
-        earlier = f" ({self.resumed} by an interrupted run)" if self.resumed else ""
+        earlier = f" ({self.resumed} of them by an interrupted run)" if self.resumed else ""
         lines = [
             f"{self.out}: {self.files} files{earlier} by {archive['name']} {archive['version']}, pipeline "
             f"{archive['pipeline_fingerprint'][:12]}; {count} could not be read",
-            f"{self.workers} workers of {self.threads} threads, {self.seconds:.1f} s{speed}",
+            f"{self._crew()}, {self.seconds:.1f} s{speed}",
             *(f"  {row['file_path']}: {row['status'] or 'not sent'}: {row['error']}" for row in self.unreadable[:50]),
         ]
         if count > 50:
@@ -184,12 +194,12 @@ def score(
 
 def _collect(
     batches: Iterator[list[dict[str, Any]]],
-    parts: Any,
+    parts: Parts,
     files: list[File],
     done: int,
     mar: Mar,
     part_seconds: float,
-    bar: Any,
+    bar: tqdm,
 ) -> float | None:
     """Keep the rows as they come, in the files' order; returns files per second from the first ones on."""
     waiting: list[dict[str, Any]] = []
@@ -263,7 +273,7 @@ def _batches(
 
 @contextlib.contextmanager
 def _ray(
-    address: str | None, workers: int | None, threads: int, parts: Any
+    address: str | None, workers: int | None, threads: int, parts: Parts
 ) -> Iterator[tuple[ModuleType, Crew, str | None]]:
     """Ray, connected to a cluster or started on this machine, with how many workers fit, and the folder that they share here.
 
@@ -304,12 +314,27 @@ def _ray(
             )
         yield ray, crew, str(scratch)
     finally:
-        # Ray does not wait for its workers.
-        started = psutil.Process().children(recursive=True)
+        started = _processes(scratch)
         ray.shutdown()
-        for straggler in psutil.wait_procs(started, timeout=20)[1]:
-            straggler.kill()
+        # It does not wait for its workers, and those have nothing more to do.
+        _, left = psutil.wait_procs(started, timeout=1)
+        for straggler in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                straggler.kill()
+        psutil.wait_procs(left, timeout=10)
         _remove(scratch)
+
+
+def _processes(scratch: Path) -> list[psutil.Process]:
+    """Ray's processes here: those that this one started with the folder on their command line, and their own."""
+    import psutil
+
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if str(scratch) in " ".join(child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
 
 
 @contextlib.contextmanager
