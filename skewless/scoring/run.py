@@ -286,7 +286,8 @@ def _ray(
 
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
-        ray.init(address, **common)
+        with _unheard(Path(os.devnull)):
+            ray.init(address, **common)
         try:
             yield ray, Crew.of(int(ray.cluster_resources().get("CPU", 1)), workers, threads), None
         finally:
