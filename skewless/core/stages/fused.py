@@ -1,0 +1,325 @@
+"""Stages computed together, to the same bits in less time.
+
+A pipeline defines the numbers by its plain stages. `plan` replaces neighbours among them by what is below, which gets the
+same result by sharing what they compute twice and by working on blocks that stay in the processor's cache. Each does so
+where its conditions hold, and runs the plain stages where they do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+
+from skewless.core.stages.stage import Signal, Stage
+
+if TYPE_CHECKING:  # imported with the stages themselves; not every archive has the packages they need
+    from skewless.core.stages.network_input import Replicate, Standardize
+    from skewless.core.stages.segment import Cut, Segment
+    from skewless.core.stages.spectrogram import Decibel, Mel
+    from skewless.core.stages.waveform import Highpass, Resample
+
+Step = Callable[[Signal], Signal]
+
+# Elements that one operation works on: so few that they stay in the cache, and that torch starts no threads for them.
+_BLOCK = 32768
+
+
+def plan(stages: Sequence[Stage]) -> list[Step]:
+    """What to run instead of `stages`, in order."""
+    steps: list[Step] = []
+    at = 0
+    while at < len(stages):
+        taken, step = next(filter(None, (fuse(stages[at:]) for fuse in _FUSERS)), (1, stages[at]))
+        steps.append(step)
+        at += taken
+    return steps
+
+
+def _names(stages: Sequence[Stage]) -> list[str]:
+    """Names of our own stages; "" for the others, which nothing is known about."""
+    return [s.name if type(s).__module__.startswith("skewless.core.stages.") else "" for s in stages]
+
+
+def _run(stages: Sequence[Stage], signal: Signal) -> Signal:
+    for stage in stages:
+        signal = stage(signal)
+    return signal
+
+
+def _blocks(total: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+@dataclass(frozen=True)
+class _Level:
+    """`peak_normalize` and `downmix`, which treat every instant by itself, block by block."""
+
+    stages: Sequence[Stage]
+
+    def __call__(self, signal: Signal) -> Signal:
+        channels, samples = signal.data.shape
+        mono = signal.data.new_empty(1, samples)
+        for block in _blocks(samples, _BLOCK // channels):
+            mono[:, block] = _run(self.stages, signal.of(signal.data[:, block])).data
+        return signal.of(mono)
+
+
+def _level(stages: Sequence[Stage]) -> tuple[int, Step] | None:
+    return (2, _Level(stages[:2])) if _names(stages[:2]) == ["peak_normalize", "downmix"] else None
+
+
+@dataclass(frozen=True)
+class _SincResample:
+    """`resample` by sinc_hann. torchaudio multiplies every output sample with a whole period of the two rates, 475 samples
+    for 44.1 to 16 kHz, of which the filter's 34 matter and the others have weight 0. Neighbouring outputs are computed
+    together, as one matrix product over the samples that any of them needs."""
+
+    stage: Resample
+
+    def __call__(self, signal: Signal) -> Signal:
+        rate = signal.sampling_rate
+        if rate == self.stage.rate or signal.data.shape[0] != 1:
+            return self.stage(signal)
+        from skewless.core.stages.waveform import sinc_length
+
+        divisor = math.gcd(rate, self.stage.rate)
+        up, down = self.stage.rate // divisor, rate // divisor
+        self.stage.check_kernel(rate)
+        bands = _bands(rate, self.stage.rate, self.stage.lowpass_filter_width, self.stage.rolloff)
+        length = signal.data.shape[1]
+        wanted = min(sinc_length(length, up, down), (length // down + 1) * up)
+        periods = -(-wanted // bands.outputs)
+        samples = (periods - 1) * bands.hop + bands.reach
+        padded = F.pad(signal.data[0], (bands.before, max(0, samples - bands.before - length)))
+        frames = padded.unfold(0, bands.reach, bands.hop)[:periods]
+        data = signal.data.new_empty(periods, bands.outputs)
+        for first, taps, weights in bands.weights:
+            torch.mm(frames[:, taps], weights, out=data[:, first : first + weights.shape[1]])
+        total = sinc_length(signal.metadata["num_samples"], up, down)
+        return signal.of(data.view(1, -1)[:, :wanted], rate=self.stage.rate, num_samples=total)
+
+
+@dataclass(frozen=True)
+class _Bands:
+    """A resampling kernel without its zeros. From `reach` samples, of which `before` lie before the first output's own time,
+    come `outputs` samples, and the next ones from `hop` samples further on. weights: for some neighbouring outputs the
+    first one's index, the samples they need, and the weights `(samples, outputs)`."""
+
+    before: int
+    reach: int
+    hop: int
+    outputs: int
+    weights: list[tuple[int, slice, torch.Tensor]]
+
+
+_TOGETHER = 16  # float32 numbers in the widest register
+
+
+@lru_cache(maxsize=32)
+def _bands(source: int, target: int, lowpass_filter_width: int, rolloff: float) -> _Bands:
+    from skewless.core.stages.waveform import resampler
+
+    transform = resampler(source, target, lowpass_filter_width, rolloff)
+    kernel, down = transform.kernel[:, 0], source // transform.gcd
+    # As many periods in a row as give every product some outputs.
+    periods = -(-_TOGETHER // len(kernel))
+    rows = torch.cat([F.pad(kernel, (k * down, (periods - 1 - k) * down)) for k in range(periods)])
+    weights = []
+    for first in range(0, len(rows), _TOGETHER):
+        band = rows[first : first + _TOGETHER]
+        taps = band.any(dim=0).nonzero()
+        heard = slice(int(taps[0]), int(taps[-1]) + 1)
+        weights.append((first, heard, band[:, heard].T.contiguous()))
+    return _Bands(transform.width, rows.shape[1], periods * down, len(rows), weights)
+
+
+def _resample(stages: Sequence[Stage]) -> tuple[int, Step] | None:
+    if _names(stages[:1]) != ["resample"] or cast("Resample", stages[0]).method != "sinc_hann":
+        return None
+    return 1, _SincResample(cast("Resample", stages[0]))
+
+
+@dataclass(frozen=True)
+class _HighpassInPlace:
+    """`highpass` with the sums over the input as three passes; torchaudio's convolution takes longer than the recursion."""
+
+    stage: Highpass
+
+    def __call__(self, signal: Signal) -> Signal:
+        samples = signal.data.shape[-1]
+        if signal.data.shape[0] != 1:
+            return self.stage(signal)
+        forward, backward = self.stage.coefficients(signal.sampling_rate)
+        late, middle, now = forward.flip(0).tolist()
+        padded = F.pad(signal.data, (2, 0))
+        summed = torch.empty_like(signal.data)
+        for block in _blocks(samples, _BLOCK):
+            start, stop = block.start, block.stop
+            # The order in which the convolution adds them.
+            torch.mul(padded[:, start:stop], late, out=summed[:, block])
+            summed[:, block].add_(padded[:, start + 1 : stop + 1], alpha=middle)
+            summed[:, block].add_(padded[:, start + 2 : stop + 2], alpha=now)
+        filtered = padded.zero_()
+        torch.ops.torchaudio._lfilter_core_loop(summed[None], backward.flip(0)[None].contiguous(), filtered[None])
+        return signal.of(filtered[:, 2:].clamp_(-1.0, 1.0))
+
+
+def _highpass(stages: Sequence[Stage]) -> tuple[int, Step] | None:
+    return (1, _HighpassInPlace(cast("Highpass", stages[0]))) if _names(stages[:1]) == ["highpass"] else None
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """Which frames of a segment lie inside it, and which reach over its ends and see its reflection instead of its
+    neighbours: `left`, then `inside`, then `right`, `hop` samples apart; `step` of them from one segment to the next."""
+
+    left: int
+    inside: int
+    right: int
+    step: int
+
+    @classmethod
+    def of(cls, cut: Cut, mel: Mel) -> _Frames | None:
+        """None where segments have no frames in common, or where that is not worth it."""
+        half, hop = mel.n_fft // 2, mel.hop_length
+        total = 1 + (cut.window + 2 * half - mel.n_fft) // hop
+        left = -(-half // hop)
+        last = (cut.window - (mel.n_fft - half)) // hop
+        frames = cls(left, last - left + 1, total - 1 - last, cut.hop // hop)
+        shared = cut.hop % hop == 0 and cut.hop <= cut.window and cut.window > mel.n_fft
+        return frames if shared and left > 0 and frames.inside > 0 and frames.right > 0 else None
+
+
+@dataclass(frozen=True)
+class _Images:
+    """From `segment` to the pictures of its spectrum. Overlapping segments share most frames, so that each is transformed
+    once: the recording's, and apart from them those that see a segment's reflected ends. The stages after `decibel`, which
+    treat each segment by itself, run on one segment after the other."""
+
+    segment: Segment
+    mel: Mel
+    decibel: Decibel
+    then: Sequence[Stage]
+    last: _Standardized | None
+
+    def __call__(self, signal: Signal) -> Signal:
+        cut = self.segment.cut(signal)
+        frames = _Frames.of(cut, self.mel)
+        # Where powers may overflow, frequencies that no filter hears matter too: infinity times a weight of 0 is not 0.
+        if frames is None or not float(cut.waveform.abs().max()) < 1e12:
+            last = [self.last.replicate, self.last.standardize] if self.last else []
+            return _run([self.segment, self.mel, self.decibel, *self.then, *last], signal)
+        level = self._decibels(cut, frames, signal.sampling_rate)
+        inside = (cut.count - 1) * frames.step + frames.inside
+        shared, *edges = level.split([inside, cut.count * frames.left, cut.count * frames.right])
+        left, right = (edge.view(cut.count, -1, edge.shape[1]) for edge in edges)
+        floor = self._floor(shared, left, right, frames)
+        # Filters first, frames last: as the stages that follow read them.
+        shared = shared.T.contiguous().unfold(1, frames.inside, frames.step).transpose(0, 1)
+        pictures = [left.transpose(1, 2), shared, right.transpose(1, 2)]
+        result = level.new_empty(0)
+        for k in range(cut.count):
+            picture = torch.cat([part[k] for part in pictures], dim=1)
+            one = _run(self.then, signal.of(torch.maximum(picture, floor[k], out=picture)[None])).data
+            if k == 0:
+                shape = self.last.shape(one) if self.last else one.shape[1:]
+                result = torch.empty(cut.count, *shape, dtype=torch.float32 if self.last else one.dtype)
+            if self.last:
+                self.last.into(result[k : k + 1], one)
+            else:
+                result[k] = one[0]
+        return cut.signal(signal, result)
+
+    def _decibels(self, cut: Cut, frames: _Frames, rate: int) -> torch.Tensor:
+        """`(frames, n_mels)`: the shared ones in order, then each segment's left ones, then each segment's right ones."""
+        mel, half = self.mel, self.mel.n_fft // 2
+        filterbank = mel.filterbank(mel.rate or rate)
+        heard = int(filterbank.any(dim=1).nonzero().max()) + 1
+        segments = cut.waveform.unfold(0, cut.window, cut.hop)
+        inside = (cut.count - 1) * frames.step + frames.inside
+        power = torch.zeros(inside + cut.count * (frames.left + frames.right), len(filterbank))
+
+        def transform(waveforms: torch.Tensor, rows: slice, frames: slice) -> None:
+            spectrum = torch.stft(
+                waveforms, mel.n_fft, mel.hop_length, mel.win_length, mel.window, center=False, return_complex=True
+            )
+            spectrum = spectrum[:, :heard, frames].transpose(1, 2)
+            target = power[rows, :heard].view(*spectrum.shape)
+            torch.abs(spectrum, out=target)
+            if mel.power != 1.0:
+                target.pow_(mel.power)
+
+        first = frames.left * mel.hop_length - half
+        for rows in _blocks(inside, _BLOCK // mel.n_fft):
+            start = first + rows.start * mel.hop_length
+            end = first + (rows.stop - 1) * mel.hop_length + mel.n_fft
+            transform(cut.waveform[None, start:end], rows, slice(None))
+        # A reflection needs one sample more than it is long.
+        needed = max((frames.left - 1) * mel.hop_length + mel.n_fft - half, half + 1)
+        ends = F.pad(segments[:, :needed], (half, 0), mode="reflect")
+        middle = inside + cut.count * frames.left
+        transform(ends, slice(inside, middle), slice(0, frames.left))
+        start = (frames.left + frames.inside) * mel.hop_length - half
+        earlier = int(cut.window - start <= half)
+        ends = F.pad(segments[:, start - earlier * mel.hop_length :], (0, half), mode="reflect")
+        transform(ends, slice(middle, None), slice(earlier, earlier + frames.right))
+        # One product over all frequencies, as the plain stage has it: in parts, the sums would be rounded in another order.
+        level = torch.mm(power, filterbank)
+        for rows in _blocks(len(level), _BLOCK // level.shape[1]):
+            level[rows].clamp_(min=self.decibel.amin).log10_().mul_(10.0)
+        return level
+
+    def _floor(self, shared: torch.Tensor, left: torch.Tensor, right: torch.Tensor, frames: _Frames) -> torch.Tensor:
+        """`top_db` below each segment's maximum, `(S,)`."""
+        inside = shared.amax(1).unfold(0, frames.inside, frames.step).amax(1)
+        highest = torch.stack([inside, left.amax((1, 2)), right.amax((1, 2))]).amax(0)
+        if self.decibel.max_over == "recording":
+            highest = highest.amax().expand_as(highest)
+        return highest - self.decibel.top_db
+
+
+@dataclass(frozen=True)
+class _Standardized:
+    """`replicate` and `standardize`: the one channel is mapped to [0, 1] once, and written into each of the result's."""
+
+    replicate: Replicate
+    standardize: Standardize
+
+    def shape(self, images: torch.Tensor) -> tuple[int, ...]:
+        return (self.replicate.channels, *images.shape[1:])
+
+    def into(self, result: torch.Tensor, images: torch.Tensor) -> None:
+        """Images `(S, H, W)` into `result` `(S, C, H, W)`."""
+        unit = self.standardize.unit_range(images)
+        for channel, (mean, std) in enumerate(zip(self.standardize.mean, self.standardize.std, strict=True)):
+            torch.sub(unit, mean, out=result[:, channel]).div_(std)
+
+
+_ONE_BY_ONE = ("scale", "pad_frames", "letterbox", "cast")
+
+
+def _images(stages: Sequence[Stage]) -> tuple[int, Step] | None:
+    names = _names(stages)
+    if names[:3] != ["segment", "mel", "decibel"]:
+        return None
+    taken = 3
+    while taken < len(names) and names[taken] in _ONE_BY_ONE:
+        taken += 1
+    segment, mel, decibel, *then = stages[:taken]
+    last = None
+    if names[taken : taken + 2] == ["replicate", "standardize"]:
+        replicate, standardize = cast("tuple[Replicate, Standardize]", stages[taken : taken + 2])
+        if replicate.channels == len(standardize.mean):
+            last = _Standardized(replicate, standardize)
+            taken += 2
+    return taken, _Images(cast("Segment", segment), cast("Mel", mel), cast("Decibel", decibel), then, last)
+
+
+_FUSERS = (_level, _resample, _highpass, _images)
