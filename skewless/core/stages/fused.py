@@ -27,7 +27,10 @@ if TYPE_CHECKING:  # imported with the stages themselves; not every archive has 
 Step = Callable[[Signal], Signal]
 
 # Elements that one operation works on: so few that they stay in the cache, and that torch starts no threads for them.
-_BLOCK = 32768
+_BLOCK = 32767
+
+# Up to so many samples, torch convolves by another library, which sums in another order.
+_SMALL = 20480
 
 
 def plan(stages: Sequence[Stage]) -> list[Step]:
@@ -65,6 +68,8 @@ class _Level:
 
     def __call__(self, signal: Signal) -> Signal:
         channels, samples = signal.data.shape
+        if channels > 2:  # the order of more summands may depend on the block
+            return _run(self.stages, signal)
         mono = signal.data.new_empty(1, samples)
         for block in _blocks(samples, _BLOCK // channels):
             mono[:, block] = _run(self.stages, signal.of(signal.data[:, block])).data
@@ -85,7 +90,7 @@ class _SincResample:
 
     def __call__(self, signal: Signal) -> Signal:
         rate = signal.sampling_rate
-        if rate == self.stage.rate or signal.data.shape[0] != 1:
+        if rate == self.stage.rate or signal.data.shape[0] != 1 or signal.data.shape[1] <= _SMALL:
             return self.stage(signal)
         from skewless.core.stages.waveform import sinc_length
 
@@ -132,7 +137,9 @@ def _bands(source: int, target: int, lowpass_filter_width: int, rolloff: float) 
     periods = -(-_TOGETHER // len(kernel))
     rows = torch.cat([F.pad(kernel, (k * down, (periods - 1 - k) * down)) for k in range(periods)])
     weights = []
-    for first in range(0, len(rows), _TOGETHER):
+    for start in range(0, len(rows), _TOGETHER):
+        # All products have the same width, or the library would sum in another order: the last ones are computed twice.
+        first = min(start, len(rows) - _TOGETHER)
         band = rows[first : first + _TOGETHER]
         taps = band.any(dim=0).nonzero()
         heard = slice(int(taps[0]), int(taps[-1]) + 1)
@@ -154,7 +161,7 @@ class _HighpassInPlace:
 
     def __call__(self, signal: Signal) -> Signal:
         samples = signal.data.shape[-1]
-        if signal.data.shape[0] != 1:
+        if signal.data.shape[0] != 1 or samples <= _SMALL:
             return self.stage(signal)
         forward, backward = self.stage.coefficients(signal.sampling_rate)
         late, middle, now = forward.flip(0).tolist()
@@ -297,7 +304,7 @@ class _Standardized:
 
     def into(self, result: torch.Tensor, images: torch.Tensor) -> None:
         """Images `(S, H, W)` into `result` `(S, C, H, W)`."""
-        unit = self.standardize.unit_range(images)
+        unit = self.standardize.unit_range(images).float()
         for channel, (mean, std) in enumerate(zip(self.standardize.mean, self.standardize.std, strict=True)):
             torch.sub(unit, mean, out=result[:, channel]).div_(std)
 
