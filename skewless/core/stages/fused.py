@@ -1,8 +1,9 @@
 """Stages computed together, to the same bits in less time.
 
 A pipeline defines the numbers by its plain stages. `plan` replaces neighbours among them by what is below, which gets the
-same result by sharing what they compute twice and by working on blocks that stay in the processor's cache. Each does so
-where its conditions hold, and runs the plain stages where they do not.
+same bits by sharing what they compute twice and by working on blocks that stay in the processor's cache. It holds as long
+as the libraries below torch sum in the order seen here, which their makers do not promise and which may be another on
+another processor. So each is tried on noise, once per process and sampling rate: where a bit differs, the plain stages run.
 """
 
 from __future__ import annotations
@@ -36,11 +37,10 @@ _SMALL = 20480
 def plan(stages: Sequence[Stage]) -> list[Step]:
     """What to run instead of `stages`, in order."""
     steps: list[Step] = []
-    at = 0
-    while at < len(stages):
-        taken, step = next(filter(None, (fuse(stages[at:]) for fuse in _FUSERS)), (1, stages[at]))
-        steps.append(step)
-        at += taken
+    rest = list(stages)
+    while rest:
+        steps.append(_next(rest))
+        rest = rest[len(steps[-1].stages) if isinstance(steps[-1], Fused) else 1 :]
     return steps
 
 
@@ -49,55 +49,86 @@ def _names(stages: Sequence[Stage]) -> list[str]:
     return [s.name if type(s).__module__.startswith("skewless.core.stages.") else "" for s in stages]
 
 
-def _run(stages: Sequence[Stage], signal: Signal) -> Signal:
-    for stage in stages:
-        signal = stage(signal)
-    return signal
-
-
 def _blocks(total: int, size: int) -> Iterator[slice]:
     size = max(1, size)
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
 @dataclass(frozen=True)
-class _Level:
-    """`peak_normalize` and `downmix`, which treat every instant by itself, block by block."""
+class Fused:
+    """Some stages as one step: as `fast` where that is possible and gives the same bits here, else one by one."""
 
-    stages: Sequence[Stage]
+    stages: tuple[Stage, ...]
 
     def __call__(self, signal: Signal) -> Signal:
-        channels, samples = signal.data.shape
-        if channels > 2:  # the order of more summands may depend on the block
-            return _run(self.stages, signal)
-        mono = signal.data.new_empty(1, samples)
-        for block in _blocks(samples, _BLOCK // channels):
-            mono[:, block] = _run(self.stages, signal.of(signal.data[:, block])).data
-        return signal.of(mono)
+        if self.fits(signal) and _proved(self, signal.sampling_rate, signal.data.shape[0]):
+            return self.fast(signal)
+        return self.plain(signal)
+
+    def plain(self, signal: Signal) -> Signal:
+        for stage in self.stages:
+            signal = stage(signal)
+        return signal
+
+    def fast(self, signal: Signal) -> Signal:
+        raise NotImplementedError
+
+    def fits(self, signal: Signal) -> bool:
+        """Whether `fast` is for such a signal."""
+        raise NotImplementedError
+
+    def probe_s(self, rate: int) -> float:
+        """Seconds of noise at `rate` Hz that `fast` has to prove itself on."""
+        return 2 * _SMALL / rate
 
 
-def _level(stages: Sequence[Stage]) -> tuple[int, Step] | None:
-    return (2, _Level(stages[:2])) if _names(stages[:2]) == ["peak_normalize", "downmix"] else None
+@lru_cache(maxsize=64)
+def _proved(step: Fused, rate: int, channels: int) -> bool:
+    """Whether `step.fast` gives the bits of the plain stages on this machine."""
+    samples = math.ceil(step.probe_s(rate) * rate)
+    noise = torch.rand(channels, samples, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    facts = {"peak": 1.0, "num_samples": samples, "duration_s": samples / rate, "complete": True}
+    signal = Signal(noise, rate, facts)
+    return not step.fits(signal) or torch.equal(step.fast(signal).data, step.plain(signal).data)
 
 
 @dataclass(frozen=True)
-class _SincResample:
+class _Level(Fused):
+    """`peak_normalize` and `downmix`, which treat every instant by itself, block by block."""
+
+    def fits(self, signal: Signal) -> bool:
+        return signal.data.shape[0] <= 2  # the order of more summands may depend on the block
+
+    def fast(self, signal: Signal) -> Signal:
+        channels, samples = signal.data.shape
+        mono = signal.data.new_empty(1, samples)
+        for block in _blocks(samples, _BLOCK // channels):
+            mono[:, block] = self.plain(signal.of(signal.data[:, block])).data
+        return signal.of(mono)
+
+
+@dataclass(frozen=True)
+class _SincResample(Fused):
     """`resample` by sinc_hann. torchaudio multiplies every output sample with a whole period of the two rates, 475 samples
     for 44.1 to 16 kHz, of which the filter's 34 matter and the others have weight 0. Neighbouring outputs are computed
     together, as one matrix product over the samples that any of them needs."""
 
-    stage: Resample
+    @property
+    def stage(self) -> Resample:
+        return cast("Resample", self.stages[0])
 
-    def __call__(self, signal: Signal) -> Signal:
-        rate = signal.sampling_rate
-        if rate == self.stage.rate or signal.data.shape[0] != 1 or signal.data.shape[1] <= _SMALL:
-            return self.stage(signal)
+    def fits(self, signal: Signal) -> bool:
+        channels, samples = signal.data.shape
+        return channels == 1 and samples > _SMALL and signal.rate != self.stage.rate
+
+    def fast(self, signal: Signal) -> Signal:
         from skewless.core.stages.waveform import sinc_length
 
-        divisor = math.gcd(rate, self.stage.rate)
-        up, down = self.stage.rate // divisor, rate // divisor
-        self.stage.check_kernel(rate)
-        bands = _bands(rate, self.stage.rate, self.stage.lowpass_filter_width, self.stage.rolloff)
+        stage, rate = self.stage, signal.sampling_rate
+        stage.check_kernel(rate)
+        divisor = math.gcd(rate, stage.rate)
+        up, down = stage.rate // divisor, rate // divisor
+        bands = _bands(rate, stage.rate, stage.lowpass_filter_width, stage.rolloff)
         length = signal.data.shape[1]
         wanted = min(sinc_length(length, up, down), (length // down + 1) * up)
         periods = -(-wanted // bands.outputs)
@@ -108,7 +139,7 @@ class _SincResample:
         for first, taps, weights in bands.weights:
             torch.mm(frames[:, taps], weights, out=data[:, first : first + weights.shape[1]])
         total = sinc_length(signal.metadata["num_samples"], up, down)
-        return signal.of(data.view(1, -1)[:, :wanted], rate=self.stage.rate, num_samples=total)
+        return signal.of(data.view(1, -1)[:, :wanted], rate=stage.rate, num_samples=total)
 
 
 @dataclass(frozen=True)
@@ -147,23 +178,16 @@ def _bands(source: int, target: int, lowpass_filter_width: int, rolloff: float) 
     return _Bands(transform.width, rows.shape[1], periods * down, len(rows), weights)
 
 
-def _resample(stages: Sequence[Stage]) -> tuple[int, Step] | None:
-    if _names(stages[:1]) != ["resample"] or cast("Resample", stages[0]).method != "sinc_hann":
-        return None
-    return 1, _SincResample(cast("Resample", stages[0]))
-
-
 @dataclass(frozen=True)
-class _HighpassInPlace:
+class _Highpass(Fused):
     """`highpass` with the sums over the input as three passes; torchaudio's convolution takes longer than the recursion."""
 
-    stage: Highpass
+    def fits(self, signal: Signal) -> bool:
+        return signal.data.shape[0] == 1 and signal.data.shape[1] > _SMALL
 
-    def __call__(self, signal: Signal) -> Signal:
-        samples = signal.data.shape[-1]
-        if signal.data.shape[0] != 1 or samples <= _SMALL:
-            return self.stage(signal)
-        forward, backward = self.stage.coefficients(signal.sampling_rate)
+    def fast(self, signal: Signal) -> Signal:
+        samples = signal.data.shape[1]
+        forward, backward = cast("Highpass", self.stages[0]).coefficients(signal.sampling_rate)
         late, middle, now = forward.flip(0).tolist()
         padded = F.pad(signal.data, (2, 0))
         summed = torch.empty_like(signal.data)
@@ -176,10 +200,6 @@ class _HighpassInPlace:
         filtered = padded.zero_()
         torch.ops.torchaudio._lfilter_core_loop(summed[None], backward.flip(0)[None].contiguous(), filtered[None])
         return signal.of(filtered[:, 2:].clamp_(-1.0, 1.0))
-
-
-def _highpass(stages: Sequence[Stage]) -> tuple[int, Step] | None:
-    return (1, _HighpassInPlace(cast("Highpass", stages[0]))) if _names(stages[:1]) == ["highpass"] else None
 
 
 @dataclass(frozen=True)
@@ -205,24 +225,39 @@ class _Frames:
 
 
 @dataclass(frozen=True)
-class _Images:
+class _Pictures(Fused):
     """From `segment` to the pictures of its spectrum. Overlapping segments share most frames, so that each is transformed
-    once: the recording's, and apart from them those that see a segment's reflected ends. The stages after `decibel`, which
-    treat each segment by itself, run on one segment after the other."""
+    once: the recording's, and apart from them those that see a segment's reflected ends. The stages after `decibel` treat
+    each segment by itself, and run on one segment after the other. Where `replicate` and `standardize` come last, the one
+    channel is mapped to [0, 1] once, and written into each of the result's."""
 
-    segment: Segment
-    mel: Mel
-    decibel: Decibel
-    then: Sequence[Stage]
-    last: _Standardized | None
+    @property
+    def segment(self) -> Segment:
+        return cast("Segment", self.stages[0])
 
-    def __call__(self, signal: Signal) -> Signal:
-        cut = self.segment.cut(signal)
-        frames = _Frames.of(cut, self.mel)
+    @property
+    def mel(self) -> Mel:
+        return cast("Mel", self.stages[1])
+
+    @property
+    def decibel(self) -> Decibel:
+        return cast("Decibel", self.stages[2])
+
+    def probe_s(self, rate: int) -> float:
+        return self.segment.duration_s + 2 * self.segment.hop_s
+
+    def fits(self, signal: Signal) -> bool:
         # Where powers may overflow, frequencies that no filter hears matter too: infinity times a weight of 0 is not 0.
-        if frames is None or not float(cut.waveform.abs().max()) < 1e12:
-            last = [self.last.replicate, self.last.standardize] if self.last else []
-            return _run([self.segment, self.mel, self.decibel, *self.then, *last], signal)
+        return (
+            signal.data.shape[0] == 1
+            and signal.data.shape[1] > 0
+            and _Frames.of(self.segment.cut(signal), self.mel) is not None
+            and bool(signal.data.abs().max() < 1e12)
+        )
+
+    def fast(self, signal: Signal) -> Signal:
+        cut = self.segment.cut(signal)
+        frames = cast("_Frames", _Frames.of(cut, self.mel))
         level = self._decibels(cut, frames, signal.sampling_rate)
         inside = (cut.count - 1) * frames.step + frames.inside
         shared, *edges = level.split([inside, cut.count * frames.left, cut.count * frames.right])
@@ -230,18 +265,23 @@ class _Images:
         floor = self._floor(shared, left, right, frames)
         # Filters first, frames last: as the stages that follow read them.
         shared = shared.T.contiguous().unfold(1, frames.inside, frames.step).transpose(0, 1)
-        pictures = [left.transpose(1, 2), shared, right.transpose(1, 2)]
+        parts = [left.transpose(1, 2), shared, right.transpose(1, 2)]
+        then, standardize = list(self.stages[3:]), None
+        if then and then[-1].name == "standardize":
+            *then, _, standardize = cast("list", then)
         result = level.new_empty(0)
         for k in range(cut.count):
-            picture = torch.cat([part[k] for part in pictures], dim=1)
-            one = _run(self.then, signal.of(torch.maximum(picture, floor[k], out=picture)[None])).data
-            if k == 0:
-                shape = self.last.shape(one) if self.last else one.shape[1:]
-                result = torch.empty(cut.count, *shape, dtype=torch.float32 if self.last else one.dtype)
-            if self.last:
-                self.last.into(result[k : k + 1], one)
+            picture = torch.cat([part[k] for part in parts], dim=1)
+            one = signal.of(torch.maximum(picture, floor[k], out=picture)[None])
+            for stage in then:
+                one = stage(one)
+            if standardize is None:
+                result = one.data.new_empty(cut.count, *one.data.shape[1:]) if k == 0 else result
+                result[k] = one.data[0]
             else:
-                result[k] = one[0]
+                channels = len(standardize.mean)
+                result = torch.empty(cut.count, channels, *one.data.shape[1:]) if k == 0 else result
+                _standardize(standardize, one.data[0], result[k])
         return cut.signal(signal, result)
 
     def _decibels(self, cut: Cut, frames: _Frames, rate: int) -> torch.Tensor:
@@ -292,41 +332,33 @@ class _Images:
         return highest - self.decibel.top_db
 
 
-@dataclass(frozen=True)
-class _Standardized:
-    """`replicate` and `standardize`: the one channel is mapped to [0, 1] once, and written into each of the result's."""
-
-    replicate: Replicate
-    standardize: Standardize
-
-    def shape(self, images: torch.Tensor) -> tuple[int, ...]:
-        return (self.replicate.channels, *images.shape[1:])
-
-    def into(self, result: torch.Tensor, images: torch.Tensor) -> None:
-        """Images `(S, H, W)` into `result` `(S, C, H, W)`."""
-        unit = self.standardize.unit_range(images).float()
-        for channel, (mean, std) in enumerate(zip(self.standardize.mean, self.standardize.std, strict=True)):
-            torch.sub(unit, mean, out=result[:, channel]).div_(std)
+def _standardize(stage: Standardize, image: torch.Tensor, result: torch.Tensor) -> None:
+    """One image `(H, W)` into the channels of `result` `(C, H, W)`."""
+    unit = stage.unit_range(image).float()
+    for rows in _blocks(len(image), _BLOCK // image.shape[1]):
+        for channel, mean, std in zip(result, stage.mean, stage.std, strict=True):
+            torch.sub(unit[rows], mean, out=channel[rows]).div_(std)
 
 
 _ONE_BY_ONE = ("scale", "pad_frames", "letterbox", "cast")
 
 
-def _images(stages: Sequence[Stage]) -> tuple[int, Step] | None:
+def _next(stages: Sequence[Stage]) -> Step:
+    """The first stage, together with those behind it that can be computed with it."""
     names = _names(stages)
+    if names[:2] == ["peak_normalize", "downmix"]:
+        return _Level(tuple(stages[:2]))
+    if names[0] == "resample" and cast("Resample", stages[0]).method == "sinc_hann":
+        return _SincResample((stages[0],))
+    if names[0] == "highpass":
+        return _Highpass((stages[0],))
     if names[:3] != ["segment", "mel", "decibel"]:
-        return None
+        return stages[0]
     taken = 3
     while taken < len(names) and names[taken] in _ONE_BY_ONE:
         taken += 1
-    segment, mel, decibel, *then = stages[:taken]
-    last = None
     if names[taken : taken + 2] == ["replicate", "standardize"]:
         replicate, standardize = cast("tuple[Replicate, Standardize]", stages[taken : taken + 2])
         if replicate.channels == len(standardize.mean):
-            last = _Standardized(replicate, standardize)
             taken += 2
-    return taken, _Images(cast("Segment", segment), cast("Mel", mel), cast("Decibel", decibel), then, last)
-
-
-_FUSERS = (_level, _resample, _highpass, _images)
+    return _Pictures(tuple(stages[:taken]))
