@@ -17,7 +17,7 @@ from skewless.core.definition import Definition
 from skewless.core.pipeline import Pipeline
 from skewless.core.runtimes import Runtime
 from skewless.core.selftest.compare import StageDiffersError, network_input
-from skewless.core.selftest.record import ENTRIES, KINDS, REFERENCES, VALUES
+from skewless.core.selftest.record import ENTRIES, KINDS, REFERENCES, VALUES, kind
 from skewless.core.versions import changed_versions, library_versions
 
 
@@ -75,12 +75,33 @@ class _Replay:
     definition: Definition
 
     def network_input(self, file: str, kinds: Mapping[str, str]) -> torch.Tensor:
-        """The network's input for one recording, every stage on the way compared with its record."""
+        """The network's input for one recording, every stage on the way compared with its record, and the result with what
+        the stages give that serving computes together."""
         values = {stage: self.values[f"{file}/{stage}"] for stage in kinds}
+        pipeline, payload = self.definition.pipeline, (self.folder / file).read_bytes()
         try:
-            return network_input(self.definition.pipeline, (self.folder / file).read_bytes(), kinds, values)
+            plain = network_input(pipeline, payload, kinds, values)
         except StageDiffersError as found:
             raise self.error(found.stage, file, found.difference) from None
+        self.check_fast(file, plain, pipeline.run(payload).data)
+        return plain
+
+    def check_fast(self, file: str, plain: torch.Tensor, fast: torch.Tensor) -> None:
+        """Raise SelfTestError unless the steps that serving runs give the bits of the plain stages."""
+        if kind(fast) != kind(plain):
+            raise self.error(
+                self.last_stage, file, f"computed together with others it gives {kind(fast)}, not {kind(plain)}"
+            )
+        if not torch.equal(fast, plain):
+            largest = float((fast.double() - plain.double()).abs().max())
+            difference = (
+                f"computed together with others it is up to {largest:.1e} away from the plain stages, expected 0"
+            )
+            raise self.error(self.last_stage, file, difference)
+
+    @property
+    def last_stage(self) -> str:
+        return list(self.definition.pipeline.stages)[-1]
 
     def check_outputs(self, file: str, outputs: Mapping[str, torch.Tensor], allowed: float) -> None:
         """Raise SelfTestError for the first of the network's outputs that is too far from its record."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -101,10 +102,13 @@ class _Level(Fused):
 
     def fast(self, signal: Signal) -> Signal:
         channels, samples = signal.data.shape
-        mono = signal.data.new_empty(1, samples)
-        for block in _blocks(samples, _BLOCK // channels):
-            mono[:, block] = self.plain(signal.of(signal.data[:, block])).data
-        return signal.of(mono)
+        peak = signal.metadata["peak"] or 1.0
+        mono = signal.data.new_empty(samples)
+        for block in _blocks(samples, _BLOCK):
+            torch.div(signal.data[0, block], peak, out=mono[block])
+            if channels == 2:
+                mono[block].add_(signal.data[1, block] / peak).div_(2.0)
+        return signal.of(mono[None])
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,7 @@ class _Pictures(Fused):
             signal.data.shape[0] == 1
             and signal.data.shape[1] > 0
             and _Frames.of(self.segment.cut(signal), self.mel) is not None
-            and bool(signal.data.abs().max() < 1e12)
+            and bool(np.abs(signal.data.numpy()).max() < 1e12)
         )
 
     def fast(self, signal: Signal) -> Signal:
@@ -291,7 +295,9 @@ class _Pictures(Fused):
         heard = int(filterbank.any(dim=1).nonzero().max()) + 1
         segments = cut.waveform.unfold(0, cut.window, cut.hop)
         inside = (cut.count - 1) * frames.step + frames.inside
-        power = torch.zeros(inside + cut.count * (frames.left + frames.right), len(filterbank))
+        # NumPy takes memory that is zero already.
+        rows = inside + cut.count * (frames.left + frames.right)
+        power = torch.from_numpy(np.zeros((rows, len(filterbank)), dtype=np.float32))
 
         def transform(waveforms: torch.Tensor, rows: slice, frames: slice) -> None:
             spectrum = torch.stft(
@@ -304,10 +310,10 @@ class _Pictures(Fused):
                 target.pow_(mel.power)
 
         first = frames.left * mel.hop_length - half
-        for rows in _blocks(inside, _BLOCK // mel.n_fft):
-            start = first + rows.start * mel.hop_length
-            end = first + (rows.stop - 1) * mel.hop_length + mel.n_fft
-            transform(cut.waveform[None, start:end], rows, slice(None))
+        for block in _blocks(inside, _BLOCK // mel.n_fft):
+            start = first + block.start * mel.hop_length
+            end = first + (block.stop - 1) * mel.hop_length + mel.n_fft
+            transform(cut.waveform[None, start:end], block, slice(None))
         # A reflection needs one sample more than it is long.
         needed = max((frames.left - 1) * mel.hop_length + mel.n_fft - half, half + 1)
         ends = F.pad(segments[:, :needed], (half, 0), mode="reflect")
@@ -319,8 +325,8 @@ class _Pictures(Fused):
         transform(ends, slice(middle, None), slice(earlier, earlier + frames.right))
         # One product over all frequencies, as the plain stage has it: in parts, the sums would be rounded in another order.
         level = torch.mm(power, filterbank)
-        for rows in _blocks(len(level), _BLOCK // level.shape[1]):
-            level[rows].clamp_(min=self.decibel.amin).log10_().mul_(10.0)
+        for block in _blocks(len(level), _BLOCK // level.shape[1]):
+            level[block].clamp_(min=self.decibel.amin).log10_().mul_(10.0)
         return level
 
     def _floor(self, shared: torch.Tensor, left: torch.Tensor, right: torch.Tensor, frames: _Frames) -> torch.Tensor:
@@ -335,9 +341,9 @@ class _Pictures(Fused):
 def _standardize(stage: Standardize, image: torch.Tensor, result: torch.Tensor) -> None:
     """One image `(H, W)` into the channels of `result` `(C, H, W)`."""
     unit = stage.unit_range(image).float()
-    for rows in _blocks(len(image), _BLOCK // image.shape[1]):
-        for channel, mean, std in zip(result, stage.mean, stage.std, strict=True):
-            torch.sub(unit[rows], mean, out=channel[rows]).div_(std)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (stage.mean, stage.std))
+    for rows in _blocks(len(image), _BLOCK // (len(mean) * image.shape[1])):
+        torch.sub(unit[rows], mean, out=result[:, rows]).div_(std)
 
 
 _ONE_BY_ONE = ("scale", "pad_frames", "letterbox", "cast")
