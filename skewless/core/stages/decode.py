@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import av
 import numpy as np
@@ -195,7 +195,7 @@ def _read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]
         rate, channels = stream.rate, stream.channels
         # Converts the sample type only: interleaved float32, full scale 1.0.
         to_float = av.AudioResampler(format="flt")
-        timed: tuple[av.AudioFrame, int] | None = None
+        timed: tuple[av.AudioFrame, int, int] | None = None
         parts: list[Sequence[np.ndarray]] = []
         samples = 0
         for frame in file.decode(stream):
@@ -211,7 +211,7 @@ def _read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]
                 length = len(part[0])
                 samples += length
             if frame.pts is not None:
-                timed = frame, length
+                timed = frame, frame.pts, length
             # Codecs give some thousand samples at a time: too few to look at one by one.
             if samples >= _BLOCK_FRAMES:
                 yield rate, _joined(parts)
@@ -220,8 +220,8 @@ def _read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]
             yield rate, _joined(parts)
         end = 0.0
         if timed:
-            last, length = timed
-            end = float(_seconds(last.pts, last.time_base)) + length / rate
+            last, pts, length = timed
+            end = float(_seconds(pts, last.time_base)) + length / rate
         stated = _stated_end(file, stream, data, container)
         # WebM may count the codec's padding; the others round to milliseconds, and a lost frame is ten of them.
         if stated is not None and end < stated - (0.1 if container == "WebM" else 0.002):
@@ -232,7 +232,7 @@ def _samples(frame: av.AudioFrame, channels: int, to_float: av.AudioResampler) -
     """A decoded frame's float32 samples, a row for each channel, in one part or more."""
     if frame.format.name == "fltp" and channels <= 2:
         # What most codecs give already. With more channels, `to_float` knows where a frame keeps them.
-        return [[np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes]]
+        return [[np.frombuffer(cast(memoryview, plane), np.float32, frame.samples) for plane in frame.planes]]
     return [list(part.to_ndarray().reshape(-1, channels).T) for part in to_float.resample(frame)]
 
 

@@ -62,7 +62,9 @@ class Fused:
     stages: tuple[Stage, ...]
 
     def __call__(self, signal: Signal) -> Signal:
-        if self.fits(signal) and _proved(self, signal.sampling_rate, signal.data.shape[0]):
+        data = signal.data
+        usual = data.ndim == 2 and data.dtype == torch.float32 and data.device.type == "cpu"
+        if usual and self.fits(signal) and _proved(self, signal.rate, len(data)):
             return self.fast(signal)
         return self.plain(signal)
 
@@ -78,17 +80,17 @@ class Fused:
         """Whether `fast` is for such a signal."""
         raise NotImplementedError
 
-    def probe_s(self, rate: int) -> float:
-        """Seconds of noise at `rate` Hz that `fast` has to prove itself on."""
-        return 2 * _SMALL / rate
+    def probe(self, rate: int | None) -> int:
+        """How many samples of noise `fast` has to prove itself on."""
+        return 2 * _SMALL
 
 
 @lru_cache(maxsize=64)
-def _proved(step: Fused, rate: int, channels: int) -> bool:
+def _proved(step: Fused, rate: int | None, channels: int) -> bool:
     """Whether `step.fast` gives the bits of the plain stages on this machine."""
-    samples = math.ceil(step.probe_s(rate) * rate)
+    samples = step.probe(rate)
     noise = torch.rand(channels, samples, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    facts = {"peak": 1.0, "num_samples": samples, "duration_s": samples / rate, "complete": True}
+    facts = {"peak": 1.0, "num_samples": samples, "duration_s": samples / (rate or 1), "complete": True}
     signal = Signal(noise, rate, facts)
     return not step.fits(signal) or torch.equal(step.fast(signal).data, step.plain(signal).data)
 
@@ -247,8 +249,8 @@ class _Pictures(Fused):
     def decibel(self) -> Decibel:
         return cast("Decibel", self.stages[2])
 
-    def probe_s(self, rate: int) -> float:
-        return self.segment.duration_s + 2 * self.segment.hop_s
+    def probe(self, rate: int | None) -> int:
+        return math.ceil((self.segment.duration_s + 2 * self.segment.hop_s) * (rate or 0))
 
     def fits(self, signal: Signal) -> bool:
         # Where powers may overflow, frequencies that no filter hears matter too: infinity times a weight of 0 is not 0.
@@ -292,7 +294,7 @@ class _Pictures(Fused):
         """`(frames, n_mels)`: the shared ones in order, then each segment's left ones, then each segment's right ones."""
         mel, half = self.mel, self.mel.n_fft // 2
         filterbank = mel.filterbank(mel.rate or rate)
-        heard = int(filterbank.any(dim=1).nonzero().max()) + 1
+        heard = int(filterbank.any(dim=1).nonzero().max()) + 1 if filterbank.any() else 1
         segments = cut.waveform.unfold(0, cut.window, cut.hop)
         inside = (cut.count - 1) * frames.step + frames.inside
         # NumPy takes memory that is zero already.
@@ -342,7 +344,9 @@ def _standardize(stage: Standardize, image: torch.Tensor, result: torch.Tensor) 
     """One image `(H, W)` into the channels of `result` `(C, H, W)`."""
     unit = stage.unit_range(image).float()
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (stage.mean, stage.std))
-    for rows in _blocks(len(image), _BLOCK // (len(mean) * image.shape[1])):
+    # One thread needs no blocks: an image fits into the cache.
+    size = len(image) if torch.get_num_threads() == 1 else _BLOCK // (len(mean) * image.shape[1])
+    for rows in _blocks(len(image), size):
         torch.sub(unit[rows], mean, out=result[:, rows]).div_(std)
 
 
