@@ -28,8 +28,9 @@ if TYPE_CHECKING:  # imported with the stages themselves; not every archive has 
 
 Step = Callable[[Signal], Signal]
 
-# Elements that one operation works on: so few that they stay in the cache, and that torch starts no threads for them.
-_BLOCK = 32767
+# Elements that one operation works on, so few that they stay in the cache; and so few that torch starts no threads for them,
+# where it has some, because they wait for one another longer than they compute.
+_BLOCK, _BLOCK_FOR_THREADS = 131072, 32767
 
 # Up to so many samples, torch convolves by another library, which sums in another order.
 _SMALL = 20480
@@ -50,8 +51,9 @@ def _names(stages: Sequence[Stage]) -> list[str]:
     return [s.name if type(s).__module__.startswith("skewless.core.stages.") else "" for s in stages]
 
 
-def _blocks(total: int, size: int) -> Iterator[slice]:
-    size = max(1, size)
+def _blocks(total: int, width: int = 1) -> Iterator[slice]:
+    """`total` rows of `width` elements in blocks."""
+    size = max(1, (_BLOCK if torch.get_num_threads() == 1 else _BLOCK_FOR_THREADS) // width)
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
@@ -106,7 +108,7 @@ class _Level(Fused):
         channels, samples = signal.data.shape
         peak = signal.metadata["peak"] or 1.0
         mono = signal.data.new_empty(samples)
-        for block in _blocks(samples, _BLOCK):
+        for block in _blocks(samples):
             torch.div(signal.data[0, block], peak, out=mono[block])
             if channels == 2:
                 mono[block].add_(signal.data[1, block] / peak).div_(2.0)
@@ -197,7 +199,7 @@ class _Highpass(Fused):
         late, middle, now = forward.flip(0).tolist()
         padded = F.pad(signal.data, (2, 0))
         summed = torch.empty_like(signal.data)
-        for block in _blocks(samples, _BLOCK):
+        for block in _blocks(samples):
             start, stop = block.start, block.stop
             # The order in which the convolution adds them.
             torch.mul(padded[:, start:stop], late, out=summed[:, block])
@@ -271,14 +273,20 @@ class _Pictures(Fused):
         floor = self._floor(shared, left, right, frames)
         # Filters first, frames last: as the stages that follow read them.
         shared = shared.T.contiguous().unfold(1, frames.inside, frames.step).transpose(0, 1)
-        parts = [left.transpose(1, 2), shared, right.transpose(1, 2)]
+        ends = [0, frames.left, frames.left + frames.inside, frames.left + frames.inside + frames.right]
+        picture = level.new_empty(1, level.shape[1], ends[-1])
+        parts = [
+            (picture[0, :, start:end], part)
+            for start, end, part in zip(ends, ends[1:], (left.mT, shared, right.mT), strict=False)
+        ]
         then, standardize = list(self.stages[3:]), None
         if then and then[-1].name == "standardize":
             *then, _, standardize = cast("list", then)
         result = level.new_empty(0)
         for k in range(cut.count):
-            picture = torch.cat([part[k] for part in parts], dim=1)
-            one = signal.of(torch.maximum(picture, floor[k], out=picture)[None])
+            for place, part in parts:
+                torch.maximum(part[k], floor[k], out=place)
+            one = signal.of(picture)
             for stage in then:
                 one = stage(one)
             if standardize is None:
@@ -294,7 +302,7 @@ class _Pictures(Fused):
         """`(frames, n_mels)`: the shared ones in order, then each segment's left ones, then each segment's right ones."""
         mel, half = self.mel, self.mel.n_fft // 2
         filterbank = mel.filterbank(mel.rate or rate)
-        heard = int(filterbank.any(dim=1).nonzero().max()) + 1 if filterbank.any() else 1
+        heard = _heard(mel, rate)
         segments = cut.waveform.unfold(0, cut.window, cut.hop)
         inside = (cut.count - 1) * frames.step + frames.inside
         # NumPy takes memory that is zero already.
@@ -312,7 +320,7 @@ class _Pictures(Fused):
                 target.pow_(mel.power)
 
         first = frames.left * mel.hop_length - half
-        for block in _blocks(inside, _BLOCK // mel.n_fft):
+        for block in _blocks(inside, mel.n_fft):
             start = first + block.start * mel.hop_length
             end = first + (block.stop - 1) * mel.hop_length + mel.n_fft
             transform(cut.waveform[None, start:end], block, slice(None))
@@ -327,7 +335,7 @@ class _Pictures(Fused):
         transform(ends, slice(middle, None), slice(earlier, earlier + frames.right))
         # One product over all frequencies, as the plain stage has it: in parts, the sums would be rounded in another order.
         level = torch.mm(power, filterbank)
-        for block in _blocks(len(level), _BLOCK // level.shape[1]):
+        for block in _blocks(len(level), level.shape[1]):
             level[block].clamp_(min=self.decibel.amin).log10_().mul_(10.0)
         return level
 
@@ -344,10 +352,15 @@ def _standardize(stage: Standardize, image: torch.Tensor, result: torch.Tensor) 
     """One image `(H, W)` into the channels of `result` `(C, H, W)`."""
     unit = stage.unit_range(image).float()
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (stage.mean, stage.std))
-    # One thread needs no blocks: an image fits into the cache.
-    size = len(image) if torch.get_num_threads() == 1 else _BLOCK // (len(mean) * image.shape[1])
-    for rows in _blocks(len(image), size):
+    for rows in _blocks(len(image), len(mean) * image.shape[1]):
         torch.sub(unit[rows], mean, out=result[:, rows]).div_(std)
+
+
+@lru_cache(maxsize=32)
+def _heard(mel: Mel, rate: int) -> int:
+    """How many frequencies from 0 on there are up to the last that a filter hears."""
+    weights = mel.filterbank(mel.rate or rate).any(dim=1)
+    return int(weights.nonzero().max()) + 1 if weights.any() else 1
 
 
 _ONE_BY_ONE = ("scale", "pad_frames", "letterbox", "cast")
