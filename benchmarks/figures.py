@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from benchmarks.load import Cell
 from benchmarks.uploads import SHORT
@@ -141,44 +143,46 @@ def _with_ratio(text: str, row: Mapping[str, Any], name: str) -> str:
 
 
 def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Requests per second, 99th percentile of latency, CPU seconds per request, and peak memory, of every lane."""
-    loads = list(dict.fromkeys((row["load"], row["concurrency"]) for row in rows if row["protocol"] != IN_PROCESS))
+    """Requests per second, 99th percentile of latency and CPU seconds per request under every load, and peak memory."""
+    loads = list(dict.fromkeys((row["load"], row["concurrency"]) for row in rows))
     lanes = list(dict.fromkeys((row["server"], row["protocol"]) for row in rows))
-    panels = (
-        ("requests_per_s", "requests per second (longer is better)", "{:.2f}"),
-        ("p99_s", "99th percentile of latency, s", "{:.2f}"),
-        ("cpu_s_per_request", "CPU seconds per request", "{:.2f}"),
-        ("peak_mb", "peak memory, MB", "{:.0f}"),
-    )
     found = {(row["server"], row["protocol"], row["load"], row["concurrency"]): row for row in rows}
-    figure = Figure(figsize=(14, 1.8 + 2 * (0.34 + 0.17 * len(loads)) * len(lanes)), layout="constrained")
-    all_axes = figure.subplots(2, 2, sharey=True)
-    height = 0.82 / len(loads)
-    colours = [f"C{number}" for number in range(len(loads))]
-    for axes, (name, title, form) in zip(all_axes.flat, panels, strict=True):
-        for number, (load, colour) in enumerate(zip(loads, colours, strict=True)):
-            for at, lane in enumerate(lanes):
-                row = found.get((*lane, *load))
-                value = None if row is None or row["failure"] else row[name]
+    panels = (
+        ("requests_per_s", "requests per second\n(more is better)", "{:.2f}"),
+        ("p99_s", "99th percentile of latency, s\n(less is better)", "{:.2f}"),
+        ("cpu_s_per_request", "CPU seconds per request\n(less is better)", "{:.2f}"),
+        ("peak_mb", "peak memory of the server, MB\n(less is better)", "{:.0f}"),
+    )
+    figure = Figure(figsize=(16, 1.6 + len(lanes) * (0.15 + 0.17 * len(loads))), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True)
+    height = 0.84 / len(loads)
+    for axes, (name, title, form) in zip(all_axes, panels, strict=True):
+        for at, lane in enumerate(lanes):
+            mine = [(number, found[*lane, *load]) for number, load in enumerate(loads) if (*lane, *load) in found]
+            if name == "peak_mb":
+                # No load lowers it again: the whole run has one.
+                value = max((row["peak_mb"] or 0 for _, row in mine if not row["failure"]), default=0)
+                if value:
+                    _bar(axes, at, value, 0.4, "0.6", form)
+                continue
+            for number, row in mine:
                 where = at + (number - (len(loads) - 1) / 2) * height
-                if value is not None:
-                    axes.barh(where, value, height * 0.92, color=colour, label=title_of(*load))
-                    axes.annotate(
-                        form.format(value), (value, where), (3, 0), textcoords="offset points", va="center", fontsize=7
-                    )
-                elif row is not None and row["failure"]:
+                if row["failure"]:
                     axes.annotate("failed", (0, where), (3, 0), textcoords="offset points", va="center", fontsize=7)
+                else:
+                    _bar(axes, where, row[name], height * 0.92, f"C{number}", form)
         axes.set_title(title, fontsize=10, loc="left")
-        axes.set_yticks(range(len(lanes)), [f"{server}\n{protocol}" for server, protocol in lanes], fontsize=8)
-        axes.margins(x=0.12)
+        axes.set_yticks(range(len(lanes)), [f"{server}\n{protocol}" for server, protocol in lanes], fontsize=9)
+        axes.margins(x=0.14, y=0.01)
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    all_axes.flat[0].invert_yaxis()
-    named: dict[Any, Any] = {}
-    for axes in all_axes.flat:
-        handles, labels = axes.get_legend_handles_labels()
-        named |= dict(zip(labels, handles, strict=True))
-    order = [title_of(*load) for load in loads if title_of(*load) in named]
-    figure.legend([named[each] for each in order], order, loc="outside upper center", ncols=len(order), frameon=False)
+    all_axes[0].invert_yaxis()
+    handles = [Patch(color=f"C{number}", label=title_of(*load)) for number, load in enumerate(loads)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(loads), frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _bar(axes: Axes, where: float, value: float, height: float, colour: str, form: str) -> None:
+    axes.barh(where, value, height, color=colour)
+    axes.annotate(form.format(value), (value, where), (3, 0), textcoords="offset points", va="center", fontsize=7)

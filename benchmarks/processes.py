@@ -45,12 +45,28 @@ def peak_bytes(pid: int) -> int:
     return total
 
 
+def pause(pid: int) -> None:
+    """Stop the family from running (SIGSTOP), the process itself first."""
+    for process in family(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+
+
+def resume(pid: int) -> None:
+    """Let a paused family run again, the process itself last, so that it does not miss its children."""
+    for process in reversed(family(pid)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
 def stop_family(pid: int, timeout: float = 20.0) -> None:
     """End the process, then what is left of its descendants, by their ids; kill those that do not end in time.
 
     The process itself first, so that a server may end its workers in order.
     """
     members = family(pid)
+    # A paused process would notice nothing.
+    resume(pid)
     for chosen, kill in ((members[:1], False), (members[1:], False), (members, True)):
         left = [process for process in chosen if _is_alive(process)]
         for process in left:

@@ -5,7 +5,7 @@
 
 Run it from the repository's root, on a machine that does nothing else. Every --archive is served by a TorchServe of its own,
 over REST and gRPC; every peer (benchmarks/peers/) by REST, in an environment that is made on first use. All servers stay up
-and are loaded in turn, A B C A B C, over several rounds; what an idle one costs is measured and written down. The forward
+and are loaded in turn, A B C A B C, over several rounds; one that uses the processor while it is idle is paused meanwhile. The forward
 pass of each archive's runtime on ready tensors, in this process, is measured in the same rounds.
 Writes serving.json, serving.md and serving.png. Exits with 1 when a server failed or answered wrongly.
 """
@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +37,7 @@ from tqdm import tqdm
 from benchmarks.figures import GRPC, IN_PROCESS, REST, as_markdown, picture, summarize
 from benchmarks.load import Cell, Lane, Load, Scores, WrongAnswer, run_cell
 from benchmarks.peers.adapters import CORES, PEERS, Peer, PeerError, start, versions
-from benchmarks.processes import cpu_seconds, peak_bytes
+from benchmarks.processes import cpu_seconds, pause, peak_bytes, resume
 from benchmarks.uploads import KINDS, LONGEST_WHOLE, Upload, make_uploads
 from skewless.core.files import atomic
 from skewless.core.service import ModelService
@@ -47,7 +47,9 @@ from skewless.torchserve.server import Server, name_and_version, session
 
 CONCURRENCIES = (1, 4, 16)
 MIX = "mix"
-IDLE_SECONDS = 5.0
+IDLE_SECONDS = 5.0  # for which the cost of idle servers is measured
+IDLE_CORES = 0.01  # a server that costs more while it is idle is paused while others are measured
+SETTLE_SECONDS = 2.0  # for a server that was paused, before it is measured
 NO_PEERS = "none"
 
 
@@ -298,24 +300,44 @@ def warm_up(servers: Servers, load: Load, seconds: float, segments: dict[str, in
 
 
 def measure_idle(servers: Servers) -> None:
-    """Write down what every server's processes use while nobody asks them, in cores."""
+    """Write down what every server's processes use while nobody asks them, in cores, and which are too busy for that."""
     before = {name: cpu_seconds(pid) for name, pid in servers.pids.items()}
     time.sleep(IDLE_SECONDS)
     for name, pid in servers.pids.items():
-        servers.settings[name]["idle_cores"] = round((cpu_seconds(pid) - before[name]) / IDLE_SECONDS, 4)
+        used = (cpu_seconds(pid) - before[name]) / IDLE_SECONDS
+        servers.settings[name] |= {"idle_cores": round(used, 4), "paused_when_idle": used > IDLE_CORES}
+
+
+@contextmanager
+def awake(server: str, paused: Mapping[str, int]) -> Iterator[None]:
+    """Let a server that is paused while it is idle run for a while."""
+    if server not in paused:
+        yield
+        return
+    resume(paused[server])
+    time.sleep(SETTLE_SECONDS)
+    try:
+        yield
+    finally:
+        pause(paused[server])
 
 
 def measure(
-    lanes: Sequence[Lane], loads: Sequence[Load], rounds: int, seconds: float, segments: dict[str, int]
+    servers: Servers, loads: Sequence[Load], rounds: int, seconds: float, segments: dict[str, int]
 ) -> tuple[list[Cell], list[float]]:
-    """All lanes under one load after the other, then the next load, then the next round; and the load average of each round."""
-    plan = [(load, lane) for load in loads for lane in lanes if load.concurrency <= lane.most]
+    """All lanes under one load after the other, then the next load, then the next round; and the load average of each
+    round. Servers that cost something while they are idle are paused meanwhile."""
+    plan = [(load, lane) for load in loads for lane in servers.lanes if load.concurrency <= lane.most]
+    paused = {name: servers.pids[name] for name, known in servers.settings.items() if known["paused_when_idle"]}
+    for pid in paused.values():
+        pause(pid)
     cells, averages = [], []
     with tqdm(total=rounds * len(plan), desc="measure", unit="cell") as progress:
         for number in range(rounds):
             for load, lane in plan:
                 progress.set_postfix_str(f"{lane.name}, {load.name}, {load.concurrency} at once")
-                cells.append(run_cell(lane, load, seconds, segments, number))
+                with awake(lane.server, paused):
+                    cells.append(run_cell(lane, load, seconds, segments, number))
                 progress.update()
             averages.append(os.getloadavg()[0])
     return cells, averages
@@ -362,8 +384,10 @@ def run(args: argparse.Namespace, peers: Sequence[Peer], scratch: Path) -> int:
     with ExitStack() as stack:
         servers = start_all(archives, weights, peers, uploads, scratch, stack)
         failed = warm_up(servers, Load(MIX, uploads, max(args.concurrency)), args.warm_up, segments)
+        if not servers.lanes:
+            raise ServerError("\n".join(["no server is left to measure, all failed while warming up:", *failed]))
         measure_idle(servers)
-        cells, averages = measure(servers.lanes, loads, args.rounds, args.seconds, segments)
+        cells, averages = measure(servers, loads, args.rounds, args.seconds, segments)
 
     rows = summarize(cells, reference)
     table = as_markdown(rows, reference)
@@ -371,7 +395,10 @@ def run(args: argparse.Namespace, peers: Sequence[Peer], scratch: Path) -> int:
     head = (
         f"{about['cpu']}, {about['cores']} cores, {args.rounds} rounds of at least {args.seconds:g} s per cell, load average "
         f"{about['load_average_before']:.1f} before. Idle, in cores: "
-        + ", ".join(f"{name} {known['idle_cores']:.3f}" for name, known in servers.settings.items())
+        + ", ".join(
+            f"{name} {known['idle_cores']:.3f}{' (paused while others are measured)' if known['paused_when_idle'] else ''}"
+            for name, known in servers.settings.items()
+        )
         + "."
     )
     text = "\n".join([head, *notes, "", table])

@@ -118,7 +118,7 @@ def test_variants_are_of_recordings(tmp_path, capsys):
     assert "has no variants/*.yaml" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["runtimes", "archive_variants", "variants"])
+@pytest.mark.parametrize("name", ["runtimes", "archive_variants", "variants", "serving"])
 def test_each_runs_as_its_docstring_says(name):
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
