@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -478,6 +479,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--{name.replace('_', '-')} is {getattr(args, name):g}, expected a number of seconds, 0 or more"
             )
 
+    # Whoever ends the benchmark ends its servers, too.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # A short path: TorchServe's workers and Ray listen on sockets in there.
     with tempfile.TemporaryDirectory(prefix="sb") as scratch:
         try:
@@ -486,6 +489,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(str(error))
         except (ServerError, LoadError) as error:
             sys.exit(f"{parser.prog}: {error}")
+        finally:
+            signal.signal(signal.SIGTERM, previous)
     sys.exit(code)
 
 

@@ -100,15 +100,16 @@ def _bentoml(start: Start) -> list[str]:
     return [str(start.python), "-m", "bentoml", "serve", "benchmarks.peers.bentoml:Recordings", *where]
 
 
-# gunicorn's own advice (docs.gunicorn.org/en/stable/design.html, "How many workers?"); the description names no number.
-GUNICORN_WORKERS = 2 * CORES + 1
+# The description names no number, so it is gunicorn's advice (docs.gunicorn.org/en/stable/design.html, "How many workers?"),
+# or that of the variable by which gunicorn is told another.
+GUNICORN_WORKERS = int(os.environ.get("WEB_CONCURRENCY", 2 * CORES + 1))
 
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer(
             "documents",
-            f"gunicorn, {GUNICORN_WORKERS} sync workers (2 x cores + 1, gunicorn's advice), no batching",
+            f"gunicorn, {GUNICORN_WORKERS} sync workers (its advice is 2 x cores + 1), no batching",
             _gunicorn,
             ready="/health",
             path="/api/detect-cough",
