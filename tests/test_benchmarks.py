@@ -128,7 +128,7 @@ def test_voice(capsys, monkeypatch):
         voice.main(["--rounds", "1", "--seconds", "0.5"])
 
 
-@pytest.mark.parametrize("name", ["preprocessing", "runtimes", "archive_variants", "variants", "voice"])
+@pytest.mark.parametrize("name", ["preprocessing", "runtimes", "archive_variants", "variants", "voice", "serving"])
 def test_each_runs_as_its_docstring_says(name):
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
