@@ -40,7 +40,14 @@ def write_graphs(network: Network, encoder: Path, head: Path, examples: Iterable
         names = list(network.head(features))
     _write(_Encoder(network), network.input_name, example, ["features"], encoder)
     _write(_Head(network), "features", features, names, head)
-    check_numbers(MnnRuntime(encoder, head, RuntimeSettings(micro_batch=2)), network, example)
+    try:
+        check_numbers(MnnRuntime(encoder, head, RuntimeSettings(micro_batch=2)), network, example)
+    except ValueError as error:
+        encoder.unlink()
+        head.unlink()
+        raise ValueError(
+            f"MNN does not compute this network as PyTorch does: {error}; choose runtime 'onnxruntime' or 'eager'"
+        ) from error
 
 
 class _Encoder(nn.Module):
