@@ -194,7 +194,7 @@ def test_many_threads_at_once():
 
 def test_the_self_test_says_where_the_fast_path_differs():
     class Archive:
-        pipeline, packages = PIPELINE, ()
+        prepared, packages = PIPELINE, ()
 
     replay = _Replay(Path(), {}, {}, Archive())  # type: ignore[arg-type]
     plain = torch.zeros(2, 3)

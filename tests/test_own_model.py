@@ -144,7 +144,7 @@ MODEL_FAULTS = {
     "no such runtime": (
         "eager: {micro_batch: 64}",
         "fast: {}",
-        "unknown runtime 'fast'; there are: eager, onnxruntime",
+        "unknown runtime 'fast'; there are: eager, mnn, onnxruntime",
     ),
     "no batch": ("micro_batch: 64", "micro_batch: 0", "micro_batch is 0, expected at least 1"),
     "a precision that it has not": ("micro_batch: 64", "precision: int8", "precision is 'int8', expected one of fp32"),
