@@ -64,7 +64,9 @@ class OpenVinoRuntime(Runtime):
             from skewless.core.runtimes.onnx_graph import check_numbers, require_preceding, write_graph
         except ImportError as error:
             needed = ", ".join((*cls.packages, *cls.build_packages))
-            raise ValueError(f"a graph for OpenVINO is written with {needed}: {error}; install them with pip") from error
+            raise ValueError(
+                f"a graph for OpenVINO is written with {needed}: {error}; install them with pip"
+            ) from error
         rows = (example.float() for example in examples)
         first = list(islice(rows, 1))
         whole, path = WithStages(network, absorbed) if absorbed else network, folder / MODEL

@@ -123,7 +123,9 @@ class _Replay:
             ):
                 dp = apart(scores, other)
                 if not dp <= allowed:
-                    difference = f"|dp| {dp:.4f} from {of}, allowed {allowed:.4f}; build the archive on such a processor"
+                    difference = (
+                        f"|dp| {dp:.4f} from {of}, allowed {allowed:.4f}; build the archive on such a processor"
+                    )
                     raise self.error("fast network", entry["file"], difference)
             largest = max(largest or 0.0, dp)
         return largest
