@@ -19,3 +19,7 @@ class UsageError(ServerError):
 
 class LoadError(ServerError):
     """A worker could not load an archive; the message is the handler's own."""
+
+
+class ScoringError(ServerError):
+    """The workers of a scoring run ended before every file had its row; what there is, is kept."""

@@ -59,7 +59,14 @@ def call_skewless(*arguments: object) -> subprocess.CompletedProcess[str]:
 # What needs a trained model or a server takes minutes: tests that use one of these run in the second group.
 _COSTLY = ("demonstration", "others", "server", "client")
 # These modules share one server: with several test processes, they run in one of them.
-_SERVED = ("test_archives", "test_end_to_end", "test_from_other_apis", "test_other_archives", "test_self_test")
+_SERVED = (
+    "test_archives",
+    "test_end_to_end",
+    "test_from_other_apis",
+    "test_other_archives",
+    "test_score",
+    "test_self_test",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

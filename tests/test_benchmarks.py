@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import archive_variants, runtimes, variants
+from benchmarks import archive_variants, runtimes, variants, voice
 from skewless.core.networks import Network
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import build_archive
@@ -118,7 +118,17 @@ def test_variants_are_of_recordings(tmp_path, capsys):
     assert "has no variants/*.yaml" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["runtimes", "archive_variants", "variants"])
+def test_voice(capsys, monkeypatch):
+    voice.main(["--rounds", "1", "--seconds", "0.5", "1"])
+    cells = rows(capsys.readouterr().out)
+    assert [row[0] for row in cells] == ["0.5", "1"]
+    assert all(float(value) > 0 for row in cells for value in row)
+    monkeypatch.setattr(voice.librosa_voice, "features", lambda *_: torch.zeros(37).numpy())
+    with pytest.raises(AssertionError, match="Arrays are not equal"):
+        voice.main(["--rounds", "1", "--seconds", "0.5"])
+
+
+@pytest.mark.parametrize("name", ["preprocessing", "runtimes", "archive_variants", "variants", "voice", "serving"])
 def test_each_runs_as_its_docstring_says(name):
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False

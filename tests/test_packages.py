@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SERVING = ("serving", "training", "audio", "voice", "images", "onnx")
+SERVING = ("serving", "training", "audio", "voice", "images", "onnx", "mnn")
 
 
 def share_packages(folder: Path) -> None:
@@ -30,7 +30,7 @@ def share_packages(folder: Path) -> None:
 
 def pins(file: str) -> dict[str, str]:
     """Versions by name; of an entry for another Python or system, too."""
-    found = re.findall(r"^([\w.-]+)==([^;#\s]+)", (ROOT / file).read_text(), re.MULTILINE)
+    found = re.findall(r"^([\w.-]+)(?:\[[\w,-]+\])?==([^;#\s]+)", (ROOT / file).read_text(), re.MULTILINE)
     return {canonicalize_name(name): version for name, version in found}
 
 

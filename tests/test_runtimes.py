@@ -68,6 +68,15 @@ class Pooling(Network):
         return {"probability": probabilities[1], "rows": torch.sigmoid(self.last(features)), "weights": weights}
 
 
+class Weighing(Pooling):
+    """Images `(N, 1, H, W)` to features `(N, 8)`; a head without numbers that are made of the count of rows."""
+
+    def head(self, features):
+        weights = torch.softmax(self.weigh(features)[:, 0], dim=0)
+        probabilities = torch.softmax(self.last(weights @ features), dim=0)
+        return {"probability": probabilities[1], "rows": torch.sigmoid(self.last(features)), "weights": weights}
+
+
 class Handing(Pooling):
     """Images `(N, 1, H, W)` as they are; all is in the head."""
 
@@ -250,7 +259,7 @@ def test_exported_networks_run_on_onnx_runtime(folder: Path, tmp_path: Path, fil
 
 @pytest.mark.parametrize("runtime", list(RUNTIMES))
 @pytest.mark.parametrize(
-    "definition", [{"own.py:Pooling": {}}, {"exported": {"file": "segment.pt2"}}], ids=["class", "file"]
+    "definition", [{"own.py:Weighing": {}}, {"exported": {"file": "segment.pt2"}}], ids=["class", "file"]
 )
 def test_what_a_runtime_writes_is_what_it_loads(folder: Path, runtime: str, definition: dict[str, Any]):
     """Whatever the runtime: nothing here knows its name."""
@@ -508,13 +517,17 @@ def test_execution_asks_the_runtime():
     assert onnx_fp32.metadata()["library_versions"].keys() == {"python", "onnx", "onnxruntime", "onnxscript"}
     assert Execution("eager").metadata()["library_versions"].keys() == {"python", "torch"}
     assert onnx_fp32.definition({"eager": {"micro_batch": 7}}) == {
-        "onnxruntime": {"precision": "fp32", "micro_batch": 7}
+        "onnxruntime": {"precision": "fp32", "micro_batch": 32}
+    }
+    absorbing = {"mnn": {"micro_batch": 4, "absorb": ["replicate", "standardize"]}}
+    assert Execution("eager").definition(absorbing) == {
+        "eager": {"precision": "fp32", "micro_batch": 32, "absorb": ["replicate", "standardize"]}
     }
     assert Execution("eager").definition({"eager": {"micro_batch": 7}}) == {"eager": {"micro_batch": 7}}
     assert Execution.of({"onnxruntime": {}}) == onnx_fp32
     some = [Recording("a.wav", Path("a.wav"), 0, "test")]
     for arguments, message in [
-        (("tensorflow",), "runtime is 'tensorflow', expected one of eager, onnxruntime"),
+        (("tensorflow",), "runtime is 'tensorflow', expected one of eager, mnn, onnxruntime"),
         (("eager", "int4"), "precision is 'int4', expected one of fp32"),
         (("eager", "fp16"), "runtime 'eager' runs in fp32 only; for fp16 choose runtime 'onnxruntime'"),
         (("onnxruntime", "fp16"), "give their --manifest"),
@@ -531,7 +544,7 @@ def test_execution_says_which_network_a_runtime_cannot_execute(definition: Defin
     (definition.folder / "model.yaml").write_text(MODEL.replace("Pooling", "Counting"))
     counting = Definition.read(definition.folder)
     with pytest.raises(BuildError, match=r"runtime 'onnxruntime' in fp32: torch.export cannot follow the network"):
-        Execution("onnxruntime").write(counting.build_network(), counting.pipeline, tmp_path)
+        Execution("onnxruntime").write(counting.build_network(), counting, tmp_path)
 
 
 class _Measured:

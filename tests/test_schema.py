@@ -63,7 +63,7 @@ def test_a_new_model_passes(tmp_path: Path):
         ("model", "model.yaml", "tf32: false", 'tf32: "false"'),
         ("model", "model.yaml", "attn_mil_resnet", "attn_mil"),
         ("model", "model.yaml", "attn_hidden: 128", "attn_hidden: 128.5"),
-        ("model", "model.yaml", "eager: {micro_batch: 32}", "eager: {precision: int8}"),
+        ("model", "model.yaml", "mnn: {micro_batch: 4", "mnn: {precision: int9"),
         ("model", "model.yaml", "max_bytes", "maxBytes"),
         ("recipe", "recipe.yaml", "epochs: 5", "epoch: 5"),
         ("recipe", "recipe.yaml", "epochs: 5", "epochs: five"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from skewless.core.definition import Definition
 from skewless.core.networks.mlp import MLP
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import build_postprocessor
-from skewless.core.stages import InputError, Payload, PipelineError, Signal
+from skewless.core.stages import InputError, Payload, PipelineError, Signal, voice_tracks
 from skewless.core.stages.decode import Decode
 from skewless.core.stages.voice import FEATURES, RemoveSilence, StandardScaler, VoiceFeatures, describe
 from skewless.demos.talent import FORMATS, LABELS, TAKES_PER_SINGER, examples
@@ -33,6 +34,7 @@ from skewless.training.manifest import read_manifest
 from skewless.training.offline_augmentation import NOISE_DB, STRETCH, augmented_copies
 from tests import recordings
 from tests.conftest import call_skewless
+from tests.oracles import librosa_voice
 from tests.oracles import talent as oracle
 from tests.recordings import one_thread  # noqa: F401
 
@@ -190,16 +192,119 @@ def test_pipeline_gives_the_scripts_bits(case, tempo, tmp_path):
     np.testing.assert_array_equal(pipeline(path.read_bytes())[0].numpy(), script(path, tempo).astype(np.float32))
 
 
-def test_another_process_gives_the_same_bits_and_loads_numba_only_for_them():
-    """As a worker that replays its references, whose first features also wait for numba."""
+# ------------------------------------------------------------------------------------------- against librosa's functions
+
+
+def burst() -> NDArray[np.float32]:
+    """Exact zeros for most of two seconds: frames without any power, and ties between them."""
+    y = np.zeros((1, 2 * RATE), dtype=np.float32)
+    y[:, 9000:15000] = waveform("noise")[:, :6000]
+    return y
+
+
+HELD = {
+    **{case: lambda case=case: waveform(case) for case in CASES},
+    "zeros around a burst": burst,
+    "two clicks": lambda: np.eye(1, RATE, 5000, dtype=np.float32) - np.eye(1, RATE, 9000, dtype=np.float32),
+    "samples around librosa's zero": lambda: (3e-10 * waveform("noise")).astype(np.float32),
+    "8 bits": lambda: (np.round(waveform("sung") * 20) / 20).astype(np.float32),
+    "above full scale": lambda: 1e4 * waveform("another"),
+    "low hum": lambda: (0.3 * np.sin(2 * np.pi * 60 / RATE * np.arange(RATE)))[None].astype(np.float32),
+    "10 s": lambda: sung(10.0, seed=5),
+    "60 s": lambda: sung(60.0, seed=6),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Trying to estimate tuning from empty")
+@pytest.mark.parametrize("case", HELD)
+def test_features_have_librosas_bits(case):
+    y = HELD[case]()
+    for tempo in ("beat_track", "tempo"):
+        stage = replace(VOICE, tempo=tempo)
+        np.testing.assert_array_equal(run(stage, y).data[0].numpy(), librosa_voice.features(y[0], RATE, stage))
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters detected", "ignore:Trying to estimate tuning from empty")
+@pytest.mark.parametrize("rate", [200, 4000, 8000, 11025, 16000, 32000, 44100, 48000, 96000])
+def test_features_have_librosas_bits_at_any_rate(rate):
+    y = sung(0.8, seed=rate)
+    np.testing.assert_array_equal(features(y, rate), librosa_voice.features(y[0], rate, VOICE))
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters detected")
+@pytest.mark.parametrize(
+    ("n_fft", "hop_length"),
+    [(1024, 256), (1024, 200), (1023, 200), (511, 64), (512, 512), (400, 1000), (4096, 1024), (2049, 512), (256, 100)],
+)
+def test_features_have_librosas_bits_with_any_frames(n_fft, hop_length):
+    """Odd frames, frames that do not divide, hops longer than frames."""
+    stage = replace(VOICE, n_fft=n_fft, hop_length=hop_length, n_mels=40, n_mfcc=20, roll_percent=0.3)
+    y = waveform("sung")
+    np.testing.assert_array_equal(run(stage, y).data[0].numpy(), librosa_voice.features(y[0], RATE, stage))
+
+
+def test_features_have_librosas_bits_whatever_the_length_and_the_tuning():
+    """Blocks of frames end anywhere, and every hundredth of a semitone has its own filterbank."""
+    rng = np.random.default_rng(8)
+    tunings = set()
+    for step in range(30):
+        length = int(rng.integers(VOICE.n_fft, 2 * RATE))
+        pitch = 220 * 2 ** (rng.uniform(-1, 1) / 12)
+        phase = 2 * np.pi * pitch / RATE * np.arange(length)
+        y = sum(np.sin(k * phase) / k for k in range(1, 9)) * rng.uniform(0.01, 0.2)
+        y = (y + 1e-3 * rng.standard_normal(length)).astype(np.float32)
+        np.testing.assert_array_equal(
+            features(y[None]), librosa_voice.features(y, RATE, VOICE), err_msg=f"recording {step}"
+        )
+        tunings.add(voice_tracks.spectrum(y, RATE, VOICE.n_fft, VOICE.hop_length, VOICE.roll_percent).tuning)
+    assert len(tunings) > 15
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters detected")
+@pytest.mark.parametrize("rate", [8000, RATE, 48000])
+def test_constants_are_librosas(rate):
+    for n_fft in (2048, 1000, 513):
+        np.testing.assert_array_equal(voice_tracks.hann(n_fft), librosa.filters.get_window("hann", n_fft))
+        mel = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=30)
+        np.testing.assert_array_equal(voice_tracks.mel_filterbank(rate, n_fft, 30), mel)
+        for tuning in voice_tracks.TUNINGS[:-1:9].tolist():
+            want = librosa.filters.chroma(sr=rate, n_fft=n_fft, tuning=tuning)
+            np.testing.assert_array_equal(voice_tracks.chroma_filterbank(rate, n_fft, tuning), want)
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_silence_removal_keeps_librosas_samples(case):
+    y = HELD[case]()
+    odd, apart = {"frame_length": 511, "hop_length": 100}, {"frame_length": 300, "hop_length": 700}
+    for changes in ({}, {"top_db": 60.0}, odd, apart):
+        stage = replace(SILENCE, **changes)
+        np.testing.assert_array_equal(run(stage, y).data[0].numpy(), librosa_voice.remove_silence(y[0], stage))
+
+
+def test_threads_share_the_constants():
+    given = [sung(0.5, seed=k) for k in range(12)]
+    want = [features(y) for y in given]
+    for kept in (voice_tracks.hann, voice_tracks.mel_filterbank, voice_tracks.chroma_filterbank):
+        kept.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        for got, expected in zip(pool.map(features, given), want, strict=True):
+            np.testing.assert_array_equal(got, expected)
+    with pytest.raises(ValueError, match="read-only"):
+        voice_tracks.mel_filterbank(RATE, 2048, 128)[0, 0] = 1.0
+
+
+def test_another_process_gives_the_same_bits_without_librosa():
+    """As a worker that replays its references: what librosa imports takes seconds and 200 MB."""
     code = """
 import sys
 import torch
 from skewless.core.stages import STAGES, Signal
-assert "numba" not in sys.modules, "importing the stages loads numba"
 data = torch.frombuffer(bytearray(sys.stdin.buffer.read()), dtype=torch.float32)[None]
+STAGES["remove_silence"](top_db=20.0, frame_length=2048, hop_length=512)(Signal(data, 22050))
 stage = STAGES["voice_features"](n_mfcc=13, n_fft=2048, hop_length=512, tempo="beat_track")
 print(stage(Signal(data, 22050)).data.numpy().tobytes().hex())
+heavy = {"librosa", "numba", "sklearn", "scipy.signal", "scipy.stats", "torchaudio"} & set(sys.modules)
+assert not heavy, heavy
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -221,6 +326,13 @@ def test_a_silent_recording_is_refused():
 def test_less_than_a_frame_is_refused():
     with pytest.raises(InputError, match=r"0\.093 s of sound, less than one frame of 0\.093 s") as caught:
         features(waveform("sung")[:, :2047])
+    assert caught.value.kind == "malformed"
+
+
+@pytest.mark.parametrize("stage", [SILENCE, VOICE])
+def test_samples_whose_power_is_not_finite_are_refused(stage):
+    with pytest.raises(InputError, match=r"largest sample is \S+e\+25 times full scale") as caught:
+        run(stage, np.float32(1e26) * waveform("sung"))
     assert caught.value.kind == "malformed"
 
 

@@ -19,6 +19,7 @@ from skewless.core.align import align, changed_parameters, definition_name
 from skewless.core.errors import DefinitionError
 from skewless.core.own_code import OwnCode, file_of
 from skewless.core.stages import STAGES, InputLimits, Payload, PipelineError, Signal, Stage
+from skewless.core.stages.fused import Step, plan
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,19 @@ class Pipeline:
         return self.run(payload).data
 
     def run(self, payload: bytes, *, whole: bool = False, **limits: Unpack[InputLimits]) -> Signal:
-        """As calling the pipeline, with the metadata about the input beside the tensor.
+        """As calling the pipeline, with the metadata about the input beside the tensor. It runs `plan`.
 
         limits: `max_duration_s` and `max_pixels`, as Payload has them.
-        whole: keep every decoded sample instead of only the head that can reach the output. The result is the
-        same; memory then grows with the recording. It is the plain path that the streamed one is tested against.
+        whole: keep every decoded sample instead of only the head that can reach the output, and run the plain stages. The
+        result is the same; memory then grows with the recording. It is what the fast path is tested against.
         """
-        return deque(self.steps(payload, whole=whole, **limits), maxlen=1).pop()[1]
+        if whole:
+            return deque(self.steps(payload, whole=True, **limits), maxlen=1).pop()[1]
+        signal = Signal(Payload(payload, self.head_s, **limits))
+        with torch.no_grad():
+            for step in self.plan:
+                signal = step(signal)
+        return signal
 
     def trace(self, payload: bytes, *, whole: bool = False) -> dict[str, torch.Tensor]:
         """Every stage's output by stage name, in order."""
@@ -166,6 +173,11 @@ class Pipeline:
         for stage in reversed(self.stages.values()):
             seconds = stage.needs(seconds, rate)
         return seconds
+
+    @cached_property
+    def plan(self) -> list[Step]:
+        """The stages as `run` runs them: neighbours that can be computed together are one step, with the same result."""
+        return plan(list(self.stages.values()))
 
     @property
     def reads(self) -> str:

@@ -212,7 +212,7 @@ def _base64_file(key: str, value: Any, limits: Limits) -> bytes:
     # Line breaks, as mail and command lines put them. A space inside is refused: it is what a + becomes in a form.
     packed = text.encode("utf-8", "replace").translate(None, b"\t\r\n")
     # The size that it will decode to, before it does.
-    _refuse_large(len(packed) // 4 * 3 - packed[-2:].count(b"="), limits)
+    refuse_large(len(packed) // 4 * 3 - packed[-2:].count(b"="), limits)
     try:
         return _file(key, base64.b64decode(packed, validate=True), limits)
     except binascii.Error as error:
@@ -229,11 +229,12 @@ def _file(name: str, value: Any, limits: Limits) -> bytes:
         )
     if not value:
         raise RequestError(400, "the file is empty (0 bytes); send the bytes of a file")
-    _refuse_large(len(value), limits)
+    refuse_large(len(value), limits)
     return bytes(value)
 
 
-def _refuse_large(size: int, limits: Limits) -> None:
+def refuse_large(size: int, limits: Limits) -> None:
+    """Raise RequestError 413 for a file of more bytes than the limits allow."""
     if size > limits.max_bytes:
         raise RequestError(
             413,

@@ -90,8 +90,9 @@ class Execution:
             return dict(runtime)
         if found.name != self.runtime:
             settings = RuntimeSettings(absorb=settings.absorb)
-        chosen = replace(settings, precision=self.precision)
-        return {self.runtime: {**asdict(chosen), "absorb": list(chosen.absorb)}}
+        chosen = asdict(replace(settings, precision=self.precision))
+        absorb = list(chosen.pop("absorb"))
+        return {self.runtime: chosen | ({"absorb": absorb} if absorb else {})}
 
     def metadata(self) -> dict[str, Any]:
         """What the archive's metrics record: what executes it, and how far from evaluation it may be."""

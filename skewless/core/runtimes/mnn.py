@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,21 +96,22 @@ class _Graph:
     """One graph, with one input of any number of rows."""
 
     def __init__(self, path: Path, threads: int):
-        with printed_by_c() as printed:
+        with without_printing():
             try:
                 import MNN
             except ImportError as error:
                 raise ValueError("this archive runs on MNN; pip install MNN as requirements.txt has it") from error
             self._mnn = MNN
-            self._interpreter = MNN.Interpreter(str(path))
-            # "high": float32 throughout.
-            self._session = self._interpreter.createSession(
-                {"backend": "CPU", "precision": "high", "numThread": threads}
-            )
-        if self._session is None:
-            raise ValueError(
-                f"MNN {MNN.version()} cannot open {path.name}: {' '.join(printed)}; build the archive again"
-            )
+            try:
+                self._interpreter = MNN.Interpreter(str(path))
+                # "high": float32 throughout.
+                self._session = self._interpreter.createSession(
+                    {"backend": "CPU", "precision": "high", "numThread": threads}
+                )
+            except Exception as error:  # MNN raises no narrower kind
+                raise ValueError(
+                    f"MNN {MNN.version()} cannot open {path.name}: {error}; build the archive again"
+                ) from error
         self._input = self._interpreter.getSessionInput(self._session)
         self._shape: tuple[int, ...] = ()
 
@@ -140,20 +140,16 @@ class _Graph:
 
 
 @contextlib.contextmanager
-def printed_by_c() -> Iterator[list[str]]:
-    """The lines that MNN prints, filled in at the end: it says what it finds, errors too, on the standard output, where a
-    command's JSON goes."""
-    lines: list[str] = []
+def without_printing() -> Iterator[None]:
+    """MNN says what it finds of the processor on the standard output, where a command's JSON goes."""
     sys.stdout.flush()
-    kept = os.dup(1)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 1)
-        try:
-            yield lines
-        finally:
-            # What C has not written yet was printed in here.
-            ctypes.CDLL(None).fflush(None)
-            os.dup2(kept, 1)
-            os.close(kept)
-            file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        # What C has not written yet was printed in here.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

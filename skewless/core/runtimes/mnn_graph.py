@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-import _tools as mnn_tools  # MNN's converter. Its command mnnconvert also installs a package and sends statistics.
 import MNN
 import onnx
 import torch
 from torch import nn
 
 from skewless.core.networks import Network
-from skewless.core.runtimes.mnn import MnnRuntime, printed_by_c
+from skewless.core.runtimes.mnn import MnnRuntime
 from skewless.core.runtimes.onnx_graph import check_numbers, graph_of
 from skewless.core.runtimes.runtime import RuntimeSettings
+
+# A process of its own: the converter brings a protobuf that crashes beside others. Not the command mnnconvert, which also
+# installs a package and sends statistics.
+_CONVERT = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
 
 
 def write_graphs(network: Network, encoder: Path, head: Path, examples: Iterable[torch.Tensor]) -> None:
@@ -35,7 +40,14 @@ def write_graphs(network: Network, encoder: Path, head: Path, examples: Iterable
         names = list(network.head(features))
     _write(_Encoder(network), network.input_name, example, ["features"], encoder)
     _write(_Head(network), "features", features, names, head)
-    check_numbers(MnnRuntime(encoder, head, RuntimeSettings(micro_batch=2)), network, example)
+    try:
+        check_numbers(MnnRuntime(encoder, head, RuntimeSettings(micro_batch=2)), network, example)
+    except ValueError as error:
+        encoder.unlink()
+        head.unlink()
+        raise ValueError(
+            f"MNN does not compute this network as PyTorch does: {error}; choose runtime 'onnxruntime' or 'eager'"
+        ) from error
 
 
 class _Encoder(nn.Module):
@@ -58,15 +70,18 @@ class _Head(nn.Module):
 
 def _write(module: nn.Module, name: str, example: torch.Tensor, outputs: list[str], path: Path) -> None:
     graph = graph_of(module, {name: example.shape[1:]}, outputs)
-    with tempfile.TemporaryDirectory() as scratch, printed_by_c() as printed:
+    with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "graph.onnx")
         onnx.save(graph, source)
-        mnn_tools.mnnconvert(
-            ["mnnconvert", "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(path), "--bizCode", "skewless"]
+        command = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(path)]
+        done = subprocess.run([*command, "--bizCode", "skewless"], capture_output=True, text=True, check=False)
+    if done.returncode or not path.is_file():
+        said = " ".join(
+            line for line in (done.stdout + done.stderr).splitlines() if "support" in line or "rror" in line
         )
-    if not path.is_file():
         raise ValueError(
-            f"MNN's converter cannot write the network: {' '.join(printed)}. Choose runtime 'onnxruntime' or 'eager'"
+            f"MNN's converter cannot write the network (exit code {done.returncode}: {said[-500:]}); choose runtime "
+            "'onnxruntime' or 'eager'"
         )
     # The converter marks every file with a random number; one of its content takes that place.
     mark, content = MNN.get_model_uuid(str(path)).encode(), path.read_bytes()

@@ -30,7 +30,6 @@ from skewless.core.runtimes.runtime import Runtime, RuntimeSettings
 _OPSET = 18
 _INT8_OPERATORS = ("Conv", "Relu", "Add", "MaxPool", "GlobalAveragePool")
 _HALF, _SUFFIX = "tensor(float16)", "_float16"
-_SIZES = "in encode and head take sizes from x.shape, and index with [0] in place of squeeze"
 
 
 def write_graph(network: Network, path: Path, precision: str, examples: Iterable[torch.Tensor]) -> None:
@@ -50,7 +49,13 @@ def write_graph(network: Network, path: Path, precision: str, examples: Iterable
         raise ValueError("there is no example of the network's input, expected the pipeline's output for a recording")
     model = trace_network(network, first)
     save_graph(model, path)
-    check_numbers(OnnxRuntime(path, torch.device("cpu"), RuntimeSettings(micro_batch=2)), network, first)
+    try:
+        check_numbers(OnnxRuntime(path, torch.device("cpu"), RuntimeSettings(micro_batch=2)), network, first)
+    except ValueError as error:
+        path.unlink()
+        raise ValueError(
+            f"{error}; in encode and head take sizes from x.shape, and index with [0] in place of squeeze"
+        ) from error
     if precision == "fp16":
         save_graph(to_fp16(model), path)
     elif precision == "int8":
@@ -136,12 +141,10 @@ def check_numbers(graph: Runtime, network: Network, example: torch.Tensor) -> No
         for name, value in expected.items():
             if value.shape != outputs[name].shape:
                 found = f"{tuple(outputs[name].shape)}, the network's {tuple(value.shape)}"
-                raise ValueError(f"for {count} rows the graph's {name} has the shape {found}; {_SIZES}")
+                raise ValueError(f"for {count} rows the graph's {name} has the shape {found}")
             worst = float(((outputs[name] - value).abs() / (1 + value.abs())).max())
             if not worst <= allowed:
-                raise ValueError(
-                    f"for {count} rows the graph's {name} is off by {worst:.1e}, allowed {allowed:g}; {_SIZES}"
-                )
+                raise ValueError(f"for {count} rows the graph's {name} is off by {worst:.1e}, allowed {allowed:g}")
 
 
 def to_fp16(model: ModelProto) -> ModelProto:

@@ -18,7 +18,7 @@ from skewless.core.definition import Definition
 from skewless.core.pipeline import Pipeline
 from skewless.core.runtimes import Runtime
 from skewless.core.selftest.compare import StageDiffersError, compare_stages
-from skewless.core.selftest.record import ENTRIES, KINDS, REFERENCES, VALUES
+from skewless.core.selftest.record import ENTRIES, KINDS, REFERENCES, VALUES, kind
 from skewless.core.versions import changed_versions, library_versions
 
 
@@ -84,14 +84,28 @@ class _Replay:
     definition: Definition
 
     def prepared(self, file: str, kinds: Mapping[str, str]) -> torch.Tensor:
-        """What the runtime takes of one recording, every stage of the pipeline compared with its record."""
+        """What the runtime takes of one recording: every stage of the pipeline compared with its record, and the stages that
+        serving computes together compared with the same ones by themselves."""
         values = {stage: self.values[f"{file}/{stage}"] for stage in kinds}
-        payload = (self.folder / file).read_bytes()
+        payload, prepared = (self.folder / file).read_bytes(), self.definition.prepared
+        last = list(prepared.stages)[-1]
         try:
-            outputs = dict(compare_stages(self.definition.pipeline, payload, kinds, values))
+            plain = dict(compare_stages(self.definition.pipeline, payload, kinds, values))[last]
         except StageDiffersError as found:
             raise self.error(found.stage, file, found.difference) from None
-        return outputs[list(self.definition.prepared.stages)[-1]]
+        fast = prepared.run(payload).data
+        self.check_fast(file, plain, fast)
+        return fast
+
+    def check_fast(self, file: str, plain: torch.Tensor, fast: torch.Tensor) -> None:
+        """Raise SelfTestError unless the steps that serving runs give the bits of the plain stages."""
+        last = list(self.definition.prepared.stages)[-1]
+        if kind(fast) != kind(plain):
+            raise self.error(last, file, f"computed together with others it gives {kind(fast)}, not {kind(plain)}")
+        if not torch.equal(fast, plain):
+            largest = float((fast.double() - plain.double()).abs().max())
+            away = f"computed together with others it is up to {largest:.1e} away from the plain stages, expected 0"
+            raise self.error(last, file, away)
 
     def check_outputs(self, file: str, outputs: Mapping[str, torch.Tensor], allowed: float) -> None:
         """Raise SelfTestError for the first of the network's outputs that is too far from its record."""

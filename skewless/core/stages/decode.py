@@ -12,10 +12,10 @@ import io
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import av
 import numpy as np
@@ -66,13 +66,13 @@ class Decode(Stage, name="decode"):
                 limit = payload.head_s(rate)
                 keep = block.shape[1] if math.isinf(limit) else max(0, math.ceil(limit * rate) - kept)
                 if keep:
-                    # A copy: a view, however small, would keep its whole block in memory.
-                    head.append(block[:, :keep].copy())
+                    # A copy of a part: a view, however small, would keep its whole block in memory.
+                    head.append(block if keep >= block.shape[1] else block[:, :keep].copy())
                     kept += head[-1].shape[1]
                 count += block.shape[1]
                 if block.size:
                     # A NaN or an infinity anywhere makes the maximum non-finite.
-                    peak = float(np.maximum(peak, np.abs(block).max()))
+                    peak = float(np.max([peak, block.max(), -block.min()]))
                 if not math.isfinite(peak):
                     raise InputError("the audio contains NaN or infinite samples; export it again as PCM")
                 if count > payload.max_duration_s * rate:
@@ -87,7 +87,7 @@ class Decode(Stage, name="decode"):
             ) from error
         if count == 0:
             raise InputError(f"the {container} data contains no audio samples; record or export it again")
-        waveform = torch.from_numpy(np.concatenate(head, axis=1))
+        waveform = torch.from_numpy(_joined(head))
         return signal.of(
             waveform,
             rate=rate,
@@ -96,6 +96,14 @@ class Decode(Stage, name="decode"):
             duration_s=count / rate,
             complete=kept == count,
         )
+
+
+def _joined(blocks: Sequence[Sequence[np.ndarray]] | Sequence[np.ndarray]) -> np.ndarray:
+    """Blocks of a row for each channel, one after the other: `(channels, samples)` float32."""
+    joined = np.empty((len(blocks[0]), sum(len(block[0]) for block in blocks)), dtype=np.float32)
+    for channel, row in enumerate(joined):
+        np.concatenate([block[channel] for block in blocks], out=row)
+    return joined
 
 
 _SNDFILE = ("WAV", "AIFF", "Ogg")
@@ -137,10 +145,12 @@ def _read_sndfile(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray
     if container == "Ogg":
         _check_ogg_complete(data)
     with soundfile.SoundFile(io.BytesIO(data)) as file:
+        # Whole levels of 16 bits are read as they are: libsndfile takes longer to make the same floats of them.
+        dtype, scale = ("int16", np.float32(2**-15)) if file.subtype == "PCM_16" else ("float32", np.float32(1))
         read = 0
-        while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        while len(block := file.read(_BLOCK_FRAMES, dtype=dtype, always_2d=True)):
             read += len(block)
-            yield file.samplerate, block.T
+            yield file.samplerate, np.multiply(block.T, scale, order="C")
         if read < file.frames:
             raise InputError(f"the {container} data is truncated: {read} of {file.frames} frames; send the whole file")
 
@@ -182,24 +192,48 @@ def _read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]
         if not file.streams.audio or file.streams.audio[0].codec_context is None:
             raise InputError(f"the {container} data has no audio track that can be read; send a file with one")
         stream = file.streams.audio[0]
-        rate, channels, end = stream.rate, stream.channels, 0.0
+        rate, channels = stream.rate, stream.channels
         # Converts the sample type only: interleaved float32, full scale 1.0.
         to_float = av.AudioResampler(format="flt")
+        timed: tuple[av.AudioFrame, int, int] | None = None
+        parts: list[Sequence[np.ndarray]] = []
+        samples = 0
         for frame in file.decode(stream):
             if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
                 raise InputError(f"the {container} data changes its rate or channels midway; send it as WAV")
-            for part in to_float.resample(frame):
-                block = part.to_ndarray().reshape(-1, channels).T
+            length = 0
+            for part in _samples(frame, channels, to_float):
                 if container == "MP4" and frame.duration:
                     # What the file's own table of durations leaves out is the codec's padding.
-                    block = block[:, : round(_seconds(frame.duration, frame.time_base) * rate)]
-                if frame.pts is not None:
-                    end = float(_seconds(frame.pts, frame.time_base)) + block.shape[1] / rate
-                yield rate, block
+                    kept = round(_seconds(frame.duration, frame.time_base) * rate)
+                    part = [row[:kept] for row in part]
+                parts.append(part)
+                length = len(part[0])
+                samples += length
+            if frame.pts is not None:
+                timed = frame, frame.pts, length
+            # Codecs give some thousand samples at a time: too few to look at one by one.
+            if samples >= _BLOCK_FRAMES:
+                yield rate, _joined(parts)
+                parts, samples = [], 0
+        if parts:
+            yield rate, _joined(parts)
+        end = 0.0
+        if timed:
+            last, pts, length = timed
+            end = float(_seconds(pts, last.time_base)) + length / rate
         stated = _stated_end(file, stream, data, container)
         # WebM may count the codec's padding; the others round to milliseconds, and a lost frame is ten of them.
         if stated is not None and end < stated - (0.1 if container == "WebM" else 0.002):
             raise InputError(f"the {container} data is truncated: {end:.2f} of {stated:.2f} s; send the whole file")
+
+
+def _samples(frame: av.AudioFrame, channels: int, to_float: av.AudioResampler) -> list[Sequence[np.ndarray]]:
+    """A decoded frame's float32 samples, a row for each channel, in one part or more."""
+    if frame.format.name == "fltp" and channels <= 2:
+        # What most codecs give already. With more channels, `to_float` knows where a frame keeps them.
+        return [[np.frombuffer(cast(memoryview, plane), np.float32, frame.samples) for plane in frame.planes]]
+    return [list(part.to_ndarray().reshape(-1, channels).T) for part in to_float.resample(frame)]
 
 
 def _stated_end(file: av.container.InputContainer, stream: av.AudioStream, data: bytes, container: str) -> float | None:

@@ -66,8 +66,11 @@ class Standardize(Stage, name="standardize"):
         self.require(low_high, f"input_range is {list(self.input_range)}, expected [low, high]")
 
     def __call__(self, signal: Signal) -> Signal:
+        mean = torch.tensor(self.mean, device=signal.data.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=signal.data.device).view(1, -1, 1, 1)
+        return signal.of((self.unit_range(signal.data) - mean) / std)
+
+    def unit_range(self, data: torch.Tensor) -> torch.Tensor:
+        """`input_range` mapped to [0, 1], in the type that `arithmetic` says."""
         low, high = self.input_range
-        unit = (signal.data.to(_DTYPES[self.arithmetic]) - low) / (high - low)
-        mean = torch.tensor(self.mean, device=unit.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=unit.device).view(1, -1, 1, 1)
-        return signal.of((unit - mean) / std)
+        return (data.to(_DTYPES[self.arithmetic]) - low) / (high - low)

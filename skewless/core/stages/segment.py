@@ -6,9 +6,33 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 
 from skewless.core.stages.stage import InputError, Signal, Stage, Tolerance
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A waveform's segments: `count` windows of `window` samples, one every `hop` samples of `waveform` `(span,)`, which ends
+    with the last of them. truncated: whether `max_segments` left windows out."""
+
+    waveform: torch.Tensor
+    window: int
+    hop: int
+    count: int
+    truncated: bool
+
+    def signal(self, given: Signal, data: torch.Tensor) -> Signal:
+        """What comes of a signal when `data` `(count, ...)` was computed from its segments."""
+        rate = given.sampling_rate
+        times = [(i * self.hop / rate, (i * self.hop + self.window) / rate) for i in range(self.count)]
+        return given.of(
+            data,
+            segment_times_s=times,
+            analyzed_s=min(times[-1][1], given.metadata["duration_s"]),
+            truncated=self.truncated,
+        )
 
 
 @dataclass(frozen=True)
@@ -36,13 +60,17 @@ class Segment(Stage, name="segment"):
         self.require(self.max_segments > 0, f"max_segments is {self.max_segments}, expected at least 1")
 
     def __call__(self, signal: Signal) -> Signal:
+        cut = self.cut(signal)
+        return cut.signal(signal, cut.waveform.unfold(0, cut.window, cut.hop).contiguous())
+
+    def cut(self, signal: Signal) -> Cut:
+        """Where the segments of a waveform `(1, N)` lie; raises InputError for more than one channel."""
         if signal.data.shape[0] != 1:
             raise InputError(
                 f"'segment' takes one channel, got {signal.data.shape[0]}; add a 'downmix' stage before it"
             )
         rate = signal.sampling_rate
         window, hop = int(self.duration_s * rate), int(self.hop_s * rate)
-        duration_s = signal.metadata["duration_s"]
         total = signal.metadata["num_samples"]
         if self.tail == "drop":
             fitting = max(1, 1 + (total - window) // hop)
@@ -52,13 +80,7 @@ class Segment(Stage, name="segment"):
         span = (count - 1) * hop + window
         waveform = signal.data[0, :span]
         waveform = F.pad(waveform, (0, span - waveform.shape[0]))
-        times = [(i * hop / rate, (i * hop + window) / rate) for i in range(count)]
-        return signal.of(
-            waveform.unfold(0, window, hop).contiguous(),
-            segment_times_s=times,
-            analyzed_s=min(times[-1][1], duration_s),
-            truncated=fitting > self.max_segments,
-        )
+        return Cut(waveform, window, hop, count, truncated=fitting > count)
 
     def needs(self, seconds: float, rate: int) -> float:
         return (self.max_segments - 1) * self.hop_s + self.duration_s

@@ -48,7 +48,7 @@ class Mel(Stage, name="mel"):
         self.require(0 <= self.f_min < self.f_max, f"f_min {self.f_min} must be below f_max {self.f_max}")
 
     @cached_property
-    def _window(self) -> torch.Tensor:
+    def window(self) -> torch.Tensor:
         return torch.hann_window(self.win_length)
 
     @cached_property
@@ -68,7 +68,7 @@ class Mel(Stage, name="mel"):
         spectrum = AF.spectrogram(
             signal.data,
             pad=0,
-            window=self._window,
+            window=self.window,
             n_fft=self.n_fft,
             hop_length=self.hop_length,
             win_length=self.win_length,

@@ -1,7 +1,6 @@
 """A voice in 37 numbers: silence removed, librosa's features, each in units of its spread over the training set.
 
-librosa is the definition: these stages call it, with its defaults spelt out. It loads itself, and numba with it, when its
-first function is called; a pipeline without these stages does not wait for that.
+librosa 0.11 is the definition, with its defaults spelt out. `voice_tracks` computes the same bits without importing it.
 """
 
 from __future__ import annotations
@@ -9,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-import librosa
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from skewless.core.stages import voice_tracks
 from skewless.core.stages.stage import InputError, Signal, Stage, Tolerance
 
 
@@ -56,16 +56,13 @@ class RemoveSilence(Stage, name="remove_silence"):
     A frame of `frame_length` samples every `hop_length`, centred and zero-padded, is silent when its RMS level is
     `top_db` or more below that of the recording's loudest frame. Frames below -100 dB of full scale all have the same
     level, so that nothing is removed from a recording that stays below it; of one whose samples are all zero, nothing is
-    left, and it raises InputError "malformed" (librosa keeps it).
+    left, and it raises InputError "malformed" (librosa keeps it); also for samples so large that their power is not finite.
 
     The metadata's `num_samples` becomes M; `duration_s` stays the recording's.
     """
 
     unit: ClassVar[str] = "full scale"
-    packages: ClassVar[tuple[str, ...]] = (
-        "librosa",
-        "numpy",
-    )
+    packages: ClassVar[tuple[str, ...]] = ("numpy",)
     tolerance: ClassVar[Tolerance] = Tolerance(2e-6, 2e-4, "cut out of what the resampler before it gives")
 
     top_db: float
@@ -81,9 +78,10 @@ class RemoveSilence(Stage, name="remove_silence"):
         waveform = _mono(self, signal)
         if not waveform.any():
             raise InputError("the recording is silent: every sample is 0; record it again, with the microphone on")
-        loud = librosa.effects.split(
-            waveform, top_db=self.top_db, frame_length=self.frame_length, hop_length=self.hop_length
-        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            loud = voice_tracks.loud_parts(waveform, self.top_db, self.frame_length, self.hop_length)
+        if not len(loud):
+            raise _too_large(waveform)
         kept = np.concatenate([waveform[start:end] for start, end in loud])
         return signal.of(torch.from_numpy(kept).unsqueeze(0), num_samples=len(kept))
 
@@ -111,17 +109,12 @@ class VoiceFeatures(Stage, name="voice_features"):
     the onset strength and gives 0 without any, as `librosa.beat.beat_track` does; "tempo" takes the mean, as
     `librosa.feature.tempo` does, and gives the prior's own tempo without any.
 
-    Every number is finite for whatever is given. Raises InputError "malformed" for less than one frame, which would be
-    padding for the most part.
+    Every number is finite. Raises InputError "malformed" for less than one frame, which would be padding for the most part,
+    and for samples so large that their power is not finite.
     """
 
     unit: ClassVar[str] = "voice features"
-    packages: ClassVar[tuple[str, ...]] = (
-        "librosa",
-        "numba",
-        "numpy",
-        "scipy",
-    )
+    packages: ClassVar[tuple[str, ...]] = ("numpy", "scipy")
     tolerance: ClassVar[Tolerance] = Tolerance(
         1e-4,
         5e-3,
@@ -149,33 +142,33 @@ class VoiceFeatures(Stage, name="voice_features"):
                 f"there is {len(waveform) / rate:.3f} s of sound, less than one frame of {self.n_fft / rate:.3f} s; "
                 "record something longer"
             )
-        frames: dict[str, Any] = {"frame_length": self.n_fft, "hop_length": self.hop_length}
-        magnitude = np.abs(librosa.stft(waveform, n_fft=self.n_fft, hop_length=self.hop_length))
-        power = magnitude**2
-        level = librosa.power_to_db(
-            librosa.feature.melspectrogram(S=power, sr=rate, n_fft=self.n_fft, n_mels=self.n_mels)
-        )
-        mfcc = librosa.feature.mfcc(S=level, n_mfcc=self.n_mfcc)
-        tracks = (
-            librosa.feature.spectral_centroid(S=magnitude, sr=rate, n_fft=self.n_fft),
-            librosa.feature.spectral_rolloff(S=magnitude, sr=rate, n_fft=self.n_fft, roll_percent=self.roll_percent),
-            librosa.feature.zero_crossing_rate(waveform, **frames),
-            librosa.feature.rms(y=waveform, **frames),
-            librosa.feature.chroma_stft(S=power, sr=rate, n_fft=self.n_fft),
-        )
-        statistics = [statistic for track in tracks for statistic in (np.mean(track), np.std(track))]
-        values = np.hstack([np.mean(mfcc, axis=1), np.std(mfcc, axis=1), statistics, [self._tempo(level, rate)]])
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self._values(waveform, rate)
+        if not np.isfinite(values).all():
+            raise _too_large(waveform)
         return signal.of(torch.from_numpy(values.astype(np.float32)).unsqueeze(0))
 
-    def _tempo(self, level: np.ndarray, rate: int) -> float:
-        # The tempo of librosa.beat.beat_track without its beats, which nothing here asks for and numba compiles slowly.
-        across_bands = np.median if self.tempo == "beat_track" else np.mean
-        onsets = librosa.onset.onset_strength(
-            S=level, sr=rate, n_fft=self.n_fft, hop_length=self.hop_length, aggregate=across_bands
+    def _values(self, waveform: NDArray[np.float32], rate: int) -> NDArray[np.float64]:
+        n_fft, hop_length = self.n_fft, self.hop_length
+        spectrum = voice_tracks.spectrum(waveform, rate, n_fft, hop_length, self.roll_percent)
+        level = voice_tracks.mel_level(spectrum.power, rate, n_fft, self.n_mels)
+        mfcc = voice_tracks.mfcc(level, self.n_mfcc)
+        tracks = (
+            spectrum.centroid,
+            spectrum.rolloff,
+            voice_tracks.zero_crossing_rate(waveform, n_fft, hop_length),
+            voice_tracks.rms(waveform, n_fft, hop_length),
+            voice_tracks.chroma(spectrum.power, rate, n_fft, spectrum.tuning),
         )
+        statistics = [statistic for track in tracks for statistic in (np.mean(track), np.std(track))]
+        return np.hstack([np.mean(mfcc, axis=1), np.std(mfcc, axis=1), statistics, [self._tempo(level, rate)]])
+
+    def _tempo(self, level: NDArray[np.float32], rate: int) -> float:
+        across_bands: Literal["median", "mean"] = "median" if self.tempo == "beat_track" else "mean"
+        onsets = voice_tracks.onset_strength(level, across_bands, self.n_fft, self.hop_length)
         if self.tempo == "beat_track" and not onsets.any():
             return 0.0
-        return float(librosa.feature.tempo(onset_envelope=onsets, sr=rate, hop_length=self.hop_length)[0])
+        return voice_tracks.tempo(onsets, rate, self.hop_length)
 
     def needs(self, seconds: float, rate: int) -> float:
         return float("inf")
@@ -239,7 +232,14 @@ class StandardScaler(Stage, name="standard_scaler"):
         return signal.of(((signal.data.double() - mean) / std).float())
 
 
-def _mono(stage: Stage, signal: Signal) -> np.ndarray:
+def _mono(stage: Stage, signal: Signal) -> NDArray[np.float32]:
     channels = signal.data.shape[0]
     stage.require(channels == 1, f"it takes one channel, got {channels}; add a 'downmix' stage before it")
     return signal.data[0].numpy()
+
+
+def _too_large(waveform: NDArray[np.float32]) -> InputError:
+    return InputError(
+        f"the largest sample is {np.abs(waveform).max():.3g} times full scale, and float32 cannot hold its power; export the "
+        "recording with samples between -1 and 1"
+    )

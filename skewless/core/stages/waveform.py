@@ -94,11 +94,10 @@ class Resample(Stage, name="resample"):
         up, down = self.rate // divisor, rate // divisor
         total = signal.metadata["num_samples"]
         if self.method == "sinc_hann":
-            # The kernel has one row per phase: rates with no common divisor would need gigabytes.
-            self._check(up * down <= _MAX_KERNEL, rate, divisor)
-            data = _resampler(rate, self.rate, self.lowpass_filter_width, self.rolloff)(signal.data)
-            # torchaudio's own length, rounded in float32, for the whole recording where only its head is here.
-            total = int(torch.ceil(torch.as_tensor(up * total / down)))
+            self.check_kernel(rate)
+            data = resampler(rate, self.rate, self.lowpass_filter_width, self.rolloff)(signal.data)
+            # For the whole recording, where only its head is here.
+            total = sinc_length(total, up, down)
         elif self.method == "resample_poly":
             self._check(max(up, down) <= _MAX_POLY_FACTOR, rate, divisor)
             data = _resample_poly(signal.data, up, down)
@@ -107,6 +106,11 @@ class Resample(Stage, name="resample"):
             data = _soxr_hq(signal.data, rate, self.rate)
             total = _soxr_length(total, rate, self.rate)
         return signal.of(data, rate=self.rate, num_samples=total)
+
+    def check_kernel(self, rate: int) -> None:
+        """Raise InputError for a rate whose sinc_hann kernel would take gigabytes: it has one row per phase."""
+        divisor = math.gcd(rate, self.rate)
+        self._check(rate // divisor * (self.rate // divisor) <= _MAX_KERNEL, rate, divisor)
 
     def _check(self, bounded: bool, rate: int, divisor: int) -> None:
         if not bounded:
@@ -136,9 +140,14 @@ _POLY_CROSSINGS = 10  # as many zero crossings of its sinc does scipy keep on ea
 
 
 @lru_cache(maxsize=32)
-def _resampler(source: int, target: int, lowpass_filter_width: int, rolloff: float) -> AT.Resample:
+def resampler(source: int, target: int, lowpass_filter_width: int, rolloff: float) -> AT.Resample:
     # The transform, not `functional.resample`: they round their kernels differently, and training uses the transform.
     return AT.Resample(source, target, "sinc_interp_hann", lowpass_filter_width, rolloff)
+
+
+def sinc_length(samples: int, up: int, down: int) -> int:
+    """How many samples torchaudio makes of so many: it rounds the quotient in float32."""
+    return int(torch.ceil(torch.as_tensor(up * samples / down)))
 
 
 def _resample_poly(data: torch.Tensor, up: int, down: int) -> torch.Tensor:
@@ -184,3 +193,13 @@ class Highpass(Stage, name="highpass"):
 
     def __call__(self, signal: Signal) -> Signal:
         return signal.of(AF.highpass_biquad(signal.data, signal.rate, self.cutoff_hz, self.q))
+
+    def coefficients(self, rate: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The filter's weights at a rate in Hz, in float32 as torchaudio rounds them: of the input now, one and two samples
+        ago, and of the output likewise; `(3,)` each, both divided by the output's first."""
+        cutoff, q = torch.as_tensor(self.cutoff_hz), torch.as_tensor(self.q)
+        w0 = 2 * math.pi * cutoff / rate
+        alpha = torch.sin(w0) / 2.0 / q
+        b0, b1 = (1 + torch.cos(w0)) / 2, -1 - torch.cos(w0)
+        a0, a1, a2 = 1 + alpha, -2 * torch.cos(w0), 1 - alpha
+        return torch.stack([b0, b1, b0]) / a0, torch.stack([a0, a1, a2]) / a0
