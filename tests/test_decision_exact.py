@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import torch
 import yaml
 from jsonschema import Draft202012Validator
 
+from benchmarks import cascade as cascade_benchmark
 from skewless.core.cascade import Cascade, apart
 from skewless.core.definition import MODEL, Definition
 from skewless.core.errors import DefinitionError
@@ -247,7 +249,10 @@ def test_outputs_that_cannot_be_scored_are_left_to_the_exact_network(service: Mo
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"onnxruntime": {"precision": "int8"}}, r"absorb is \[\], expected the runtime's \['replicate', 'standardize'\]"),
+        (
+            {"onnxruntime": {"precision": "int8"}},
+            r"absorb is \[\], expected the runtime's \['replicate', 'standardize'\]",
+        ),
         ({"onnxruntime": {"absorb": ["replicate", "standardize"]}}, "expected fp32 and a reduced precision"),
         ({"onnxruntime": {"precision": "int4"}}, "precision is 'int4'"),
         ({"eager": {"precision": "int8"}}, "expected one of fp32"),
@@ -431,6 +436,87 @@ def test_the_build_asks_for_what_it_needs(made: Made, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_benchmark_measures_both_networks(built: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(cascade_benchmark, "THRESHOLDS", (0.5,))
+    table = cascade_benchmark.measure(built, None, 1, tmp_path)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| 0")]
+    assert [row[-1] for row in rows[:-1]] == ["0"] * (len(rows) - 1)
+    assert len(rows) in (2, 3)
+    with pytest.raises(ValueError, match="is not decision-exact"):
+        cascade_benchmark.measure(without_fast(built, tmp_path / "single.mar"), None, 1, tmp_path / "single")
+
+
+def without_fast(archive: Path, target: Path) -> Path:
+    """The same archive with its exact network alone."""
+    with zipfile.ZipFile(archive) as whole, zipfile.ZipFile(target, "w") as single:
+        for name in whole.namelist():
+            content = whole.read(name)
+            if name == MODEL:
+                content = yaml.safe_dump(
+                    {k: v for k, v in yaml.safe_load(content).items() if k != "fast_runtime"}
+                ).encode()
+            single.writestr(name, content)
+    return target
+
+
+# OpenVINO, the runtime that such archives are for.
+
+
+@pytest.fixture(scope="module")
+def openvino_graphs(made: Made, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The small network in both precisions, its eager runtime, and inputs."""
+    pytest.importorskip("openvino", reason="OpenVINO is an extra")
+    from skewless.core.runtimes.eager import EagerRuntime
+    from skewless.core.runtimes.openvino import OpenVinoRuntime
+    from skewless.training.checkpoint import network_of
+
+    network = network_of(load_checkpoint(made.model.checkpoint), made.model.definition)
+    inputs = [made.model.definition.pipeline(each.path.read_bytes()) for each in made.recordings[:6]]
+    inputs.append(torch.cat(inputs))
+    runtimes = {"eager": EagerRuntime(network, CPU)(inputs), "inputs": inputs}
+    for precision in ("fp32", "int8"):
+        folder, settings = tmp_path_factory.mktemp(precision), RuntimeSettings(precision, micro_batch=4)
+        OpenVinoRuntime.write(network, folder, settings, iter(inputs))
+        runtimes[precision] = OpenVinoRuntime.load(folder, {}, CPU, settings)
+        runtimes[f"{precision} whole"] = OpenVinoRuntime.load(folder, {}, CPU, RuntimeSettings(precision, 100))
+    return runtimes
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", 1e-5), ("int8", 0.02)])
+def test_openvino_gives_the_networks_numbers(openvino_graphs: dict[str, Any], precision: str, allowed: float):
+    inputs, runtime = openvino_graphs["inputs"], openvino_graphs[precision]
+    ours = runtime(inputs)
+    worst = 0.0
+    for mine, eager in zip(ours, openvino_graphs["eager"], strict=True):
+        assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in eager.items()}
+        worst = max(worst, float((mine["bag_probability"] - eager["bag_probability"]).abs()))
+    assert worst <= allowed
+    assert (worst > 1e-6) is (precision == "int8")
+    # Again, in other company, and cut otherwise: the same, to the last bit.
+    for other in (
+        runtime(inputs),
+        [runtime([each])[0] for each in inputs],
+        openvino_graphs[f"{precision} whole"](inputs),
+    ):
+        for a, b in zip(ours, other, strict=True):
+            if precision == "int8" or len(b["segment_probabilities"]) < 4:
+                assert all(torch.equal(a[name], b[name]) for name in a)
+            assert float((a["bag_probability"] - b["bag_probability"]).abs()) <= 1e-6
+    assert runtime([]) == []
+
+
+def test_openvino_says_where_it_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from skewless.core.runtimes.openvino import OpenVinoRuntime
+
+    with pytest.raises(ValueError, match="computes on the CPU, not on device 'cuda'"):
+        OpenVinoRuntime.load(tmp_path, {}, torch.device("cuda"), RuntimeSettings())
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ValueError, match=r"pip install 'skewless\[openvino\]'"):
+        OpenVinoRuntime.load(tmp_path, {}, CPU, RuntimeSettings())
+    with pytest.raises(ValueError, match="is written with openvino, onnx"):
+        OpenVinoRuntime.write(torch.nn.Identity(), tmp_path, RuntimeSettings(), [])  # type: ignore[arg-type]
+
+
 # The smoke test.
 
 
@@ -449,7 +535,9 @@ def test_the_smoke_test_holds_each_answer_to_its_tier(
 ):
     references = smoke.References.from_archive(built)
     assert (references.tolerance, references.tiers) == (1e-4, {"exact": 1e-4, "reduced": 0.02})
-    scores = {payload: entry["scores"][0] for payload, entry in zip(references.payloads, references.entries, strict=True)}
+    scores = {
+        payload: entry["scores"][0] for payload, entry in zip(references.payloads, references.entries, strict=True)
+    }
 
     def send(payload: bytes) -> SimpleNamespace:
         served = scores[payload] + off

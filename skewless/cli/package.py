@@ -165,7 +165,7 @@ def build(
 
     if runtime is None and (precision or (decision_exact is None and (manifest or calibration_manifest))):
         raise UsageError(
-            "--precision goes with --runtime, --manifest and --calibration-manifest with --runtime or --decision-exact"
+            "--precision, --manifest and --calibration-manifest go with --runtime, the manifests also with --decision-exact"
         )
 
     def recordings(path: Path | None) -> list[Recording]:

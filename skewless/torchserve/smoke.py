@@ -139,11 +139,15 @@ def _measure(path: str, send: Callable[..., Answer], references: References, ver
         differences.append(max(abs(p - evaluated) for p, evaluated in zip(scores, entry["scores"], strict=True)))
         tier = body["tier"]
         if tier not in references.tiers:
-            problems.append(f"{entry['file']}: answered in tier {tier!r}, the archive has {', '.join(references.tiers)}")
+            problems.append(
+                f"{entry['file']}: answered in tier {tier!r}, the archive has {', '.join(references.tiers)}"
+            )
         else:
             allowed.append(references.tiers[tier])
             if not differences[-1] <= allowed[-1]:
-                problems.append(f"{entry['file']}: |dp| {differences[-1]:.1e} in tier '{tier}', allowed {allowed[-1]:g}")
+                problems.append(
+                    f"{entry['file']}: |dp| {differences[-1]:.1e} in tier '{tier}', allowed {allowed[-1]:g}"
+                )
         if chosen != postprocessor.choose(tuple(entry["scores"]), body["threshold_used"]):
             flips += 1
             if not _is_close_call(entry["scores"], body["threshold_used"], references.tolerance):
