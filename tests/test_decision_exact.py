@@ -413,7 +413,7 @@ def test_a_fast_network_that_was_not_built_is_refused(unpacked: Path):
     graph.write_bytes(whole)
     metrics = json.loads((unpacked / METRICS).read_text())
     (unpacked / METRICS).write_text(json.dumps({k: v for k, v in metrics.items() if k != "fast_runtime"}))
-    with pytest.raises(ValueError, match="metrics.json has no margin"):
+    with pytest.raises(ValueError, match=r"metrics\.json has no margin"):
         ModelService.load(unpacked, CPU)
 
 
@@ -431,7 +431,7 @@ def test_the_build_asks_for_what_it_needs(made: Made, tmp_path: Path):
     with pytest.raises(BuildError, match="needs --references"):
         build_archive(*arguments, decision_exact=DecisionExact(fast), references="none")
     other = [r for r in made.recordings if r.split != "val"]
-    with pytest.raises(BuildError, match="lacks 6 of the 6 recordings .* split 'val'"):
+    with pytest.raises(BuildError, match=r"lacks 6 of the 6 recordings .* split 'val'"):
         build_archive(*arguments, decision_exact=DecisionExact(replace(fast, recordings=other)))
     assert not list(tmp_path.iterdir())
 
