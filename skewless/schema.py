@@ -55,11 +55,13 @@ def model_schema() -> Schema:
     properties = {
         "network": {"anyOf": [network, *short]},
         "runtime": runtime,
+        "fast_runtime": runtime | {"description": "What is asked before the runtime, for a decision-exact archive."},
         "postprocess": _one_of_ours(POSTPROCESSORS),
         "precision": parameters(NumericPolicy),
         "limits": parameters(Limits),
     }
-    return _file("A model: the network, what executes it, and what its outputs mean.", properties, tuple(properties))
+    required = tuple(name for name in properties if name != "fast_runtime")
+    return _file("A model: the network, what executes it, and what its outputs mean.", properties, required)
 
 
 def recipe_schema() -> Schema:

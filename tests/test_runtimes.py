@@ -263,6 +263,8 @@ def test_exported_networks_run_on_onnx_runtime(folder: Path, tmp_path: Path, fil
 )
 def test_what_a_runtime_writes_is_what_it_loads(folder: Path, runtime: str, definition: dict[str, Any]):
     """Whatever the runtime: nothing here knows its name."""
+    for package in RUNTIMES[runtime].packages:
+        pytest.importorskip(package, reason="the runtime's package is an extra")
     network = lively(definition, (1, 12, 16), folder)
     inputs = examples((1, 12, 16), 2, 4)
     before = set(folder.rglob("*"))

@@ -126,6 +126,23 @@ def build(
         Path | None, typer.Option(metavar="CSV", help="The manifest of --evaluation: fp16 and int8 are proved on it.")
     ] = None,
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="The split to prove them on.")] = "test",
+    decision_exact: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="Ask a fast network in this precision first, such as int8, and the exact one where its decision could be another.",
+            autocompletion=_precisions,
+        ),
+    ] = None,
+    fast_runtime: Annotated[
+        str, typer.Option(help="What executes that fast network.", autocompletion=_runtimes)
+    ] = "openvino",
+    confidence: Annotated[
+        float, typer.Option(help="Of its margin, from the val split of --manifest: more needs more recordings.")
+    ] = 0.999,
+    safety_factor: Annotated[
+        float, typer.Option(help="What the margin is multiplied by, for recordings unlike the val split's.")
+    ] = 2.0,
     calibration_manifest: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Its train split gives int8 its value ranges.")
     ] = None,
@@ -142,20 +159,24 @@ def build(
     """Package a checkpoint as NAME-VERSION.mar, if it gives the numbers that evaluation recorded."""
     from skewless.core.definition import Definition
     from skewless.packaging.build import build_archive
+    from skewless.packaging.decision_exact import DecisionExact
     from skewless.packaging.execution import Execution
     from skewless.training.manifest import read_manifest
 
-    if runtime is None and (precision or manifest or calibration_manifest):
-        raise UsageError("--precision, --manifest and --calibration-manifest go with --runtime")
+    if runtime is None and (precision or (decision_exact is None and (manifest or calibration_manifest))):
+        raise UsageError(
+            "--precision, --manifest and --calibration-manifest go with --runtime, the manifests also with --decision-exact"
+        )
 
     def recordings(path: Path | None) -> list[Recording]:
         return read_manifest(path, root or path.parent, Definition.read(archive).classes) if path else []
 
-    execution = None
-    if runtime is not None:
-        execution = Execution(
-            runtime, precision or "fp32", recordings(manifest), split, recordings(calibration_manifest)
-        )
+    measured, training = recordings(manifest), recordings(calibration_manifest)
+    execution = None if runtime is None else Execution(runtime, precision or "fp32", measured, split, training)
+    both = None
+    if decision_exact is not None:
+        fast = Execution(fast_runtime, decision_exact, measured, split, training)
+        both = DecisionExact(fast, confidence, safety_factor)
     built = build_archive(
         archive,
         checkpoint,
@@ -164,6 +185,7 @@ def build(
         out,
         force=force,
         execution=execution,
+        decision_exact=both,
         references=_references(references or ["evaluation"]),
         accept_untrained=accept_untrained or (),
     )

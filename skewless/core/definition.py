@@ -19,7 +19,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from skewless.core.catalogue import check
 from skewless.core.errors import DefinitionError
 from skewless.core.networks import NETWORKS, Network, build_network, exported_file, spelt_out
-from skewless.core.numerics import NumericPolicy
+from skewless.core.numerics import TIERS, NumericPolicy
 from skewless.core.own_code import OwnCode, file_of
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import POSTPROCESSORS, Postprocessor, build_postprocessor
@@ -28,7 +28,10 @@ from skewless.core.runtimes import RUNTIMES, Runtime, load_runtime, runtime_sett
 from skewless.core.stages import Stage
 
 PIPELINE, MODEL, REQUIREMENTS = "pipeline.yaml", "model.yaml", "requirements.txt"
+# The folder in an archive with the files of its fast runtime.
+FAST = "fast"
 _KEYS = ("network", "runtime", "postprocess", "precision", "limits")
+_OPTIONAL = ("fast_runtime",)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Definition:
     """One model's definition, checked.
 
     network, runtime, postprocess: each `{name: {parameter: value}}`. precision: the numeric policy. limits: what one
-    request may ask for.
+    request may ask for. fast_runtime: like runtime, in a reduced precision, for a decision-exact archive: it is asked first,
+    and `runtime` where its answer is close to a decision's boundary.
     """
 
     folder: Path
@@ -46,6 +50,7 @@ class Definition:
     postprocess: Mapping[str, Any]
     precision: NumericPolicy
     limits: Limits
+    fast_runtime: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: str | Path) -> Definition:
@@ -61,6 +66,7 @@ class Definition:
         found = cls(folder, Pipeline.from_yaml(folder / PIPELINE), **read_model(folder / MODEL))
         # Raises where they do not end the pipeline.
         _ = found.absorbed
+        found.check_fast_runtime()
         return found
 
     @property
@@ -91,6 +97,22 @@ class Definition:
             )
         return tuple(self.pipeline.stages[each] for each in absorb)
 
+    def check_fast_runtime(self) -> None:
+        """Raise DefinitionError for a fast runtime that is not of the reduced tier, or takes other values than `runtime`."""
+        if self.fast_runtime is None:
+            return
+        (_, exact), (name, fast) = runtime_settings(self.runtime), runtime_settings(self.fast_runtime)
+        if TIERS[exact.precision] != "exact" or TIERS[fast.precision] != "reduced":
+            raise DefinitionError(
+                f"runtime is in {exact.precision} and fast_runtime in {fast.precision}, expected fp32 and a reduced precision "
+                "such as int8: answers of the fast one are confirmed by the other"
+            )
+        if fast.absorb != exact.absorb:
+            raise DefinitionError(
+                f"fast_runtime '{name}': absorb is {list(fast.absorb)}, expected the runtime's {list(exact.absorb)}: both take "
+                "the same values"
+            )
+
     @cached_property
     def prepared(self) -> Pipeline:
         """The stages that run before the runtime: the pipeline without those that the runtime absorbs."""
@@ -100,6 +122,12 @@ class Definition:
     def load_runtime(self, device: torch.device) -> Runtime:
         """What executes the network of this folder, an unpacked archive, on `device`; raises ValueError."""
         return load_runtime(self.runtime, self.network, self.folder, device, self.absorbed)
+
+    def load_fast_runtime(self, device: torch.device) -> Runtime | None:
+        """What is asked before `load_runtime`'s, None for an archive that has no such thing; raises ValueError."""
+        if self.fast_runtime is None:
+            return None
+        return load_runtime(self.fast_runtime, self.network, self.folder / FAST, device, self.absorbed)
 
     def build_network(self) -> Network:
         """The network, with random weights unless it is an exported one; raises DefinitionError."""
@@ -115,9 +143,9 @@ class Definition:
     def packages(self) -> set[str]:
         """The packages that compute the numbers, from the file's bytes to the network's outputs, as pip names them."""
         name, _ = NETWORKS.split(self.network)
-        runtime, _ = runtime_settings(self.runtime)
+        runtimes = [runtime_settings(each)[0] for each in (self.runtime, self.fast_runtime) if each is not None]
         network = NETWORKS.find(name, OwnCode(self.folder))
-        return {*self.pipeline.packages, *network.packages, *runtime.packages}
+        return {*self.pipeline.packages, *network.packages, *(p for runtime in runtimes for p in runtime.packages)}
 
     @cached_property
     def code(self) -> dict[str, str]:
@@ -137,9 +165,10 @@ def read_model(path: Path) -> dict[str, Any]:
         raise DefinitionError(f"{path} is {content!r:.60}, expected the keys {', '.join(_KEYS)}")
     if missing := [key for key in _KEYS if key not in content]:
         raise DefinitionError(f"{path} has no {', '.join(missing)}; it needs {', '.join(_KEYS)}")
-    if unknown := [str(key) for key in content if key not in _KEYS]:
+    if unknown := [str(key) for key in content if key not in (*_KEYS, *_OPTIONAL)]:
+        takes = ", ".join((*_KEYS, *_OPTIONAL))
         raise DefinitionError(
-            f"{path} has the unknown key {', '.join(unknown)}; it takes {', '.join(_KEYS)}. What TorchServe reads, such as "
+            f"{path} has the unknown key {', '.join(unknown)}; it takes {takes}. What TorchServe reads, such as "
             "batchSize, is in model-config.yaml"
         )
     try:
@@ -147,6 +176,8 @@ def read_model(path: Path) -> dict[str, Any]:
         if name == "exported":
             exported_file(params)
         runtime_settings(content["runtime"])
+        if "fast_runtime" in content:
+            runtime_settings(content["fast_runtime"])
         POSTPROCESSORS.split(content["postprocess"])
         for key, kind in (("precision", NumericPolicy), ("limits", Limits)):
             if not isinstance(content[key], dict):

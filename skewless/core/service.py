@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from skewless.core.cascade import DECISION_EXACT, Cascade, Given
 from skewless.core.definition import Definition
 from skewless.core.numerics import NumericPolicy
 from skewless.core.pipeline import Pipeline
@@ -55,10 +56,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Inferred:
-    """A prepared request with the network's outputs by name."""
+    """A prepared request with the network's outputs by name, and the runtime that gave them."""
 
     prepared: Prepared
     outputs: Mapping[str, torch.Tensor]
+    runtime: Runtime
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,15 @@ class ModelService:
     """A pipeline, a network behind a runtime, and a postprocessor, with the metrics that belong to them.
 
     A request goes through `prepare`, `infer` and `answer`, one after the other; `predict` does all three.
+
+    cascade: of a decision-exact archive, its fast network in front of `runtime`, which is the exact one.
     """
 
     definition: Definition
     runtime: Runtime
     metrics: Mapping[str, Any]
     self_test: SelfTest | None = None
+    cascade: Cascade | None = None
 
     @classmethod
     def load(cls, archive_dir: str | Path, device: torch.device, *, replay: bool = True) -> ModelService:
@@ -96,14 +101,12 @@ class ModelService:
         root = Path(archive_dir)
         definition = Definition.read(root)
         definition.precision.apply()
-        service = cls(
-            definition,
-            definition.load_runtime(device),
-            json.loads((root / METRICS).read_text(encoding="utf-8")),
-        )
+        runtime = definition.load_runtime(device)
+        metrics = json.loads((root / METRICS).read_text(encoding="utf-8"))
+        service = cls(definition, runtime, metrics, cascade=Cascade.load(definition, runtime, metrics, device))
         if not replay:
             return service
-        tested = self_test(definition, service.runtime, service.metrics)
+        tested = self_test(definition, service.runtime, service.metrics, service.cascade)
         return replace(service, self_test=tested)
 
     @property
@@ -126,6 +129,11 @@ class ModelService:
     def threshold(self) -> float:
         """The archive's threshold: the one its evaluation chose, else the postprocessor's default."""
         return self.metrics.get("threshold", self.postprocessor.threshold)
+
+    @property
+    def tier(self) -> str:
+        """What the archive promises: "exact" and "reduced" of every number, "decision-exact" of every decision."""
+        return DECISION_EXACT if self.cascade else self.runtime.tier
 
     @property
     def input_limits(self) -> InputLimits:
@@ -173,7 +181,8 @@ class ModelService:
             yield Response.of_error(each) if isinstance(each, RequestError) else self._answer_or_fault(each)
 
     def score(self, payloads: Sequence[bytes]) -> list[Scored]:
-        """What evaluation calls: every encoded input's scores. Raises InputError for one that cannot be read."""
+        """What evaluation calls: every encoded input's scores, by the exact network of two. Raises InputError for one that
+        cannot be read."""
         signals = [self.definition.prepared.run(data, **self.input_limits) for data in payloads]
         outputs = self.runtime([signal.data for signal in signals])
         return [
@@ -188,7 +197,9 @@ class ModelService:
             "threshold": self.threshold,
             "pipeline": self.pipeline.to_dict(),
             "pipeline_fingerprint": self.pipeline.fingerprint,
-            "runtime": {k: getattr(self.runtime, k) for k in ("name", "precision", "tier", "tolerance")},
+            "tier": self.tier,
+            "runtime": _described(self.runtime),
+            "fast_runtime": self.cascade and {**_described(self.cascade.fast), "margin": self.cascade.margin},
             "precision": self.policy.report(self.runtime.device),
             "limits": asdict(self.limits),
             "self_test": asdict(self.self_test) if self.self_test else None,
@@ -212,9 +223,17 @@ class ModelService:
 
     def _infer(self, prepared: Sequence[Prepared | RequestError]) -> Iterator[Inferred | RequestError]:
         good = [p for p in prepared if isinstance(p, Prepared)]
-        outputs = iter(self.runtime([p.signal.data for p in good]))
+        inputs = [p.signal.data for p in good]
+        if self.cascade:
+            given = self.cascade(inputs, [self._threshold_of(p.request) for p in good])
+        else:
+            given = [Given(outputs, self.runtime) for outputs in self.runtime(inputs)]
+        answers = iter(given)
         for each in prepared:
-            yield each if isinstance(each, RequestError) else Inferred(each, next(outputs))
+            yield each if isinstance(each, RequestError) else Inferred(each, *next(answers))
+
+    def _threshold_of(self, request: Request) -> float:
+        return self.threshold if request.threshold is None else request.threshold
 
     def _answer_or_fault(self, inferred: Inferred) -> Response:
         try:
@@ -228,18 +247,21 @@ class ModelService:
 
     def _answer(self, inferred: Inferred) -> Response:
         request, signal = inferred.prepared.request, inferred.prepared.signal
-        threshold = self.threshold if request.threshold is None else request.threshold
         return Response(
             200,
             {
-                **self.postprocessor(inferred.outputs, signal.metadata, threshold),
+                **self.postprocessor(inferred.outputs, signal.metadata, self._threshold_of(request)),
                 "model_version": self.metrics["model_version"],
                 "pipeline_fingerprint": self.pipeline.fingerprint,
-                "runtime": self.runtime.name,
-                "precision": self.runtime.precision,
-                "tier": self.runtime.tier,
+                "runtime": inferred.runtime.name,
+                "precision": inferred.runtime.precision,
+                "tier": inferred.runtime.tier,
             },
         )
+
+
+def _described(runtime: Runtime) -> dict[str, Any]:
+    return {key: getattr(runtime, key) for key in ("name", "precision", "tier", "tolerance")}
 
 
 def answer_files(

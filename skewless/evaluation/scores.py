@@ -45,7 +45,7 @@ def service_of(definition: Definition, checkpoint: dict[str, Any], device: torch
     found, settings = runtime_settings(definition.runtime)
     # Another runtime's micro-batch is not eager mode's.
     micro_batch = settings.micro_batch if found is EagerRuntime else RuntimeSettings.micro_batch
-    definition = replace(definition, runtime={EagerRuntime.name: {"micro_batch": micro_batch}})
+    definition = replace(definition, runtime={EagerRuntime.name: {"micro_batch": micro_batch}}, fast_runtime=None)
     runtime = EagerRuntime(network_of(checkpoint, definition), device, RuntimeSettings(micro_batch=micro_batch))
     return ModelService(definition, runtime, metrics={})
 

@@ -20,7 +20,8 @@ import yaml
 from torch import nn
 
 from skewless import __version__, resources
-from skewless.core.definition import MODEL, PIPELINE, REQUIREMENTS, Definition
+from skewless.core.cascade import DECISION_EXACT
+from skewless.core.definition import FAST, MODEL, PIPELINE, REQUIREMENTS, Definition
 from skewless.core.files import atomic
 from skewless.core.request import Request
 from skewless.core.selftest import SelfTestError, record
@@ -29,6 +30,7 @@ from skewless.core.service import METRICS, ModelService
 from skewless.core.versions import library_versions
 from skewless.errors import BuildError
 from skewless.evaluation.scores import service_of
+from skewless.packaging.decision_exact import DecisionExact, summary
 from skewless.packaging.execution import Execution
 from skewless.packaging.references import Choice, check_evaluated, stage_references
 from skewless.training.checkpoint import file_digest, load_checkpoint, network_of, trained
@@ -56,6 +58,7 @@ def build_archive(
     *,
     force: bool = False,
     execution: Execution | None = None,
+    decision_exact: DecisionExact | None = None,
     references: Choice = "evaluation",
     accept_untrained: Collection[str] = (),
 ) -> Built:
@@ -64,12 +67,13 @@ def build_archive(
     archive: a definition (pipeline.yaml, model.yaml, and TorchServe's model-config.yaml); its folder's name is the model's.
     evaluation: what `skewless evaluate` wrote for this checkpoint.
     execution: the runtime, when not the one that model.yaml names.
+    decision_exact: a fast network to ask before that runtime's, which has to be in fp32.
     references: the recordings that travel in the archive, as skewless.packaging.references.Choice describes.
     accept_untrained: layers that look untrained and are rightly so, beside those that the checkpoint records.
     Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
     another pipeline, weights that do not fit, an evaluation of another checkpoint or one that did not reproduce its training,
     references that are not reproduced within the tier's tolerance or that barely vary, a reduced precision whose AUC is
-    another, or a different archive already there (unless `force`).
+    another, a fast network that is further from the exact one than its margin, or a different archive already there (unless `force`).
     """
     if not VERSION.fullmatch(version):
         raise BuildError(f"version is {version!r}, expected digits and letters joined by dots, such as 1.0")
@@ -81,7 +85,7 @@ def build_archive(
     name, pipeline = definition.name, definition.pipeline
     _check_servable(definition)
     execution = execution or Execution.of(definition.runtime)
-    definition = replace(definition, runtime=execution.definition(definition.runtime))
+    definition = _with_runtimes(definition, execution, decision_exact, references)
     network = network_of(checkpoint, definition)
     measured = json.loads((evaluation / METRICS).read_text(encoding="utf-8"))
     if measured.get("checkpoint_sha256") != file_digest(checkpoint_path):
@@ -120,7 +124,12 @@ def build_archive(
         service = service_of(definition, checkpoint, torch.device("cpu"))
         metrics["references"], warnings = stage_references(references, evaluation, measured["split"], staged, service)
         weights = [*execution.write(network, definition, staged), *(staged / file for file in network.files)]
+        weights += decision_exact.write(network, definition, staged) if decision_exact else []
         metrics["weights_sha256"] = {path.relative_to(staged).as_posix(): file_digest(path) for path in weights}
+        if decision_exact:
+            metrics["fast_runtime"] = decision_exact.prove(staged, metrics["threshold"], evaluation)
+            metrics["tier"] = DECISION_EXACT
+            warnings += summary(metrics["fast_runtime"])
         _write_metrics(metrics, staged)
         if execution.tier == "reduced":
             service = ModelService.load(staged, torch.device("cpu"), replay=False)
@@ -152,14 +161,35 @@ def _copy_definition(definition: Definition, staged: Path) -> None:
     (staged / PIPELINE).write_text(definition.pipeline.to_yaml(), encoding="utf-8")
     text = (definition.folder / MODEL).read_text(encoding="utf-8")
     content = yaml.safe_load(text)
-    if definition.runtime != content["runtime"]:
-        text = yaml.safe_dump(content | {"runtime": definition.runtime}, sort_keys=False)
+    served = {"runtime": definition.runtime}
+    served |= {"fast_runtime": definition.fast_runtime} if definition.fast_runtime is not None else {}
+    if served != {key: content[key] for key in content if key.endswith("runtime")}:
+        text = yaml.safe_dump(content | served, sort_keys=False)
     (staged / MODEL).write_text(text, encoding="utf-8")
     files = [TORCHSERVE, *definition.code, *definition.network_files]
     files += [REQUIREMENTS] if (definition.folder / REQUIREMENTS).is_file() else []
     for file in files:
         (staged / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(definition.folder / file, staged / file)
+
+
+def _with_runtimes(
+    definition: Definition, execution: Execution, decision_exact: DecisionExact | None, references: Choice
+) -> Definition:
+    """The definition with what will execute it; raises BuildError for runtimes that do not go together."""
+    asked, runtime = definition.fast_runtime, execution.definition(definition.runtime)
+    if decision_exact is None:
+        if asked is not None:
+            raise BuildError(
+                "model.yaml has a fast_runtime, whose margin has to be proved: give --decision-exact with its precision, or remove "
+                "the key"
+            )
+        return replace(definition, runtime=runtime)
+    if references == "none":
+        raise BuildError("a decision-exact archive proves its margin anew where it is loaded; it needs --references")
+    found = replace(definition, runtime=runtime, fast_runtime=decision_exact.fast.definition(asked or runtime))
+    found.check_fast_runtime()
+    return found
 
 
 def _check_servable(definition: Definition) -> None:
@@ -176,7 +206,7 @@ def _check_servable(definition: Definition) -> None:
 
 
 def _is_taken(name: str, folder: Path) -> bool:
-    if name in ("handler", "entry", REFERENCES):
+    if name in ("handler", "entry", REFERENCES, FAST):
         return True
     found = importlib.util.find_spec(name)
     if found is None:

@@ -4,6 +4,7 @@ has to pass beyond the references."""
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -172,22 +173,33 @@ class Execution:
 
     def _replay(self, service: ModelService, evaluation: Path) -> tuple[list[dict[str, str]], list[Prediction]]:
         """Evaluation's rows of `split`, and what the service predicts for the same recordings."""
+        measured = self.measured(evaluation, self.split)
+        predictions = predict(service, [recording for _, recording in measured], self.precision)
+        for (row, _), prediction in zip(measured, predictions, strict=True):
+            _check_same(prediction.sha256, row, prediction.recording, evaluation)
+        return [row for row, _ in measured], predictions
+
+    def measured(self, evaluation: Path, split: str) -> list[tuple[dict[str, str], Recording]]:
+        """Evaluation's rows of a split, each with its recording; raises BuildError where the recordings lack one."""
         with open(evaluation / "predictions.csv", newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row["split"] == self.split]
+            rows = [row for row in csv.DictReader(file) if row["split"] == split]
         if not rows:
-            raise BuildError(f"{evaluation / 'predictions.csv'} has no recordings of split '{self.split}'")
+            raise BuildError(f"{evaluation / 'predictions.csv'} has no recordings of split '{split}'")
         given = {recording.file_path: recording for recording in self.recordings}
         missing = [row["file_path"] for row in rows if row["file_path"] not in given]
         if missing:
             raise BuildError(
                 f"the manifest lacks {len(missing)} of the {len(rows)} recordings that {evaluation} measured in split "
-                f"'{self.split}', such as {missing[0]}; give the manifest it was measured with"
+                f"'{split}', such as {missing[0]}; give the manifest it was measured with"
             )
-        predictions = predict(service, [given[row["file_path"]] for row in rows], self.precision)
-        for row, prediction in zip(rows, predictions, strict=True):
-            if prediction.sha256 != row["sha256"]:
-                raise BuildError(f"{prediction.recording.path} is not the recording that {evaluation} measured")
-        return rows, predictions
+        return [(row, given[row["file_path"]]) for row in rows]
+
+    @staticmethod
+    def read(row: Mapping[str, str], recording: Recording, evaluation: Path) -> bytes:
+        """A recording's bytes; raises BuildError unless they are those that evaluation measured for its row."""
+        payload = recording.path.read_bytes()
+        _check_same(hashlib.sha256(payload).hexdigest(), row, recording, evaluation)
+        return payload
 
     @property
     def _class(self) -> type[Runtime]:
@@ -209,6 +221,11 @@ class Execution:
                 yield pipeline(recording.path.read_bytes())
             except InputError as error:
                 raise BuildError(f"calibration recording {recording.file_path} cannot be read: {error}") from error
+
+
+def _check_same(sha256: str, row: Mapping[str, str], recording: Recording, evaluation: Path) -> None:
+    if sha256 != row["sha256"]:
+        raise BuildError(f"{recording.path} is not the recording that {evaluation} measured")
 
 
 def _chosen(scores: np.ndarray, service: ModelService) -> np.ndarray:

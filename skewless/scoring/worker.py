@@ -113,6 +113,8 @@ class Scorer:
             }
         if answer.status != 200:
             return row | {"error": self._reasons.last or answer.body["message"]}
+        # Of a decision-exact archive's two networks, the one that gave this answer.
+        row |= {key: answer.body[key] for key in ("runtime", "precision", "tier")}
         postprocessor = self._service.postprocessor
         scores, chosen = postprocessor.read(answer.body)
         names = ["score"] if len(scores) == 1 else [f"score_{name}" for name in postprocessor.classes]

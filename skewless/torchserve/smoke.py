@@ -27,13 +27,18 @@ _CONCURRENCY = 8
 
 @dataclass(frozen=True)
 class References:
-    """What an archive promises: inputs, and the probabilities that each must get."""
+    """What an archive promises: inputs, and the probabilities that each must get.
+
+    tolerance: how far a probability may be from the evaluated one, and of a decision-exact archive the exact network's.
+    tiers: what an answer's `tier` may be, with the tolerance of each.
+    """
 
     postprocessor: Postprocessor
     entries: list[dict[str, Any]]
     payloads: list[bytes]
     fingerprint: str
     tolerance: float
+    tiers: dict[str, float]
 
     @classmethod
     def from_archive(cls, path: Path) -> References:
@@ -58,12 +63,14 @@ class References:
                 [archive.read(f"references/{entry['file']}") for entry in entries],
                 metrics["pipeline_fingerprint"],
                 metrics["runtime"]["tolerance"],
+                {each["tier"]: each["tolerance"] for key in ("runtime", "fast_runtime") if (each := metrics.get(key))},
             )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One path's result over some files. max_dp is NaN when an answer was no prediction; problems says why. tolerance: its tier's."""
+    """One path's result over some files. max_dp is NaN when an answer was no prediction; problems says why. tolerance: the
+    largest of the answers' tiers; an answer beyond its own tier's is among the problems."""
 
     path: str
     files: int
@@ -120,7 +127,7 @@ def _paths(
 def _measure(path: str, send: Callable[..., Answer], references: References, version: str, workers: int) -> Row:
     with ThreadPoolExecutor(workers) as pool:
         answers = list(pool.map(send, references.payloads))
-    differences, flips, problems, unanswered = [], 0, [], 0
+    differences, flips, problems, unanswered, allowed = [], 0, [], 0, []
     postprocessor = references.postprocessor
     for entry, answer in zip(references.entries, answers, strict=True):
         if answer.status != 200:
@@ -129,7 +136,18 @@ def _measure(path: str, send: Callable[..., Answer], references: References, ver
             continue
         body = answer.body
         scores, chosen = postprocessor.read(body)
-        differences += [abs(p - evaluated) for p, evaluated in zip(scores, entry["scores"], strict=True)]
+        differences.append(max(abs(p - evaluated) for p, evaluated in zip(scores, entry["scores"], strict=True)))
+        tier = body["tier"]
+        if tier not in references.tiers:
+            problems.append(
+                f"{entry['file']}: answered in tier {tier!r}, the archive has {', '.join(references.tiers)}"
+            )
+        else:
+            allowed.append(references.tiers[tier])
+            if not differences[-1] <= allowed[-1]:
+                problems.append(
+                    f"{entry['file']}: |dp| {differences[-1]:.1e} in tier '{tier}', allowed {allowed[-1]:g}"
+                )
         if chosen != postprocessor.choose(tuple(entry["scores"]), body["threshold_used"]):
             flips += 1
             if not _is_close_call(entry["scores"], body["threshold_used"], references.tolerance):
@@ -148,7 +166,7 @@ def _measure(path: str, send: Callable[..., Answer], references: References, ver
         float(np.percentile(milliseconds, 50)),
         float(np.percentile(milliseconds, 95)),
         tuple(problems),
-        references.tolerance,
+        max(allowed, default=references.tolerance),
     )
 
 

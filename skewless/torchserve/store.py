@@ -89,6 +89,6 @@ def _measured(path: Path) -> dict[str, Any]:
         "threshold": metrics["threshold"],
         "fingerprint": metrics["pipeline_fingerprint"][:_FINGERPRINT_DIGITS],
         "runtime": metrics["runtime"]["name"],
-        "tier": metrics["runtime"]["tier"],
+        "tier": metrics.get("tier", metrics["runtime"]["tier"]),
         "auc": metrics["evaluation"]["auc"],
     }

@@ -42,6 +42,12 @@ class ClassProbabilities(Postprocessor):
             raise ValueError(f"the network gives {len(scores)} probabilities, for {len(self.classes)} classes")
         return scores
 
+    def settled(self, scores: tuple[float, ...], threshold: float, margin: float) -> bool:
+        """As for any postprocessor, and whether the answer is confident must not change either."""
+        highest = max(scores)
+        confident = highest - margin >= threshold or highest + margin < threshold
+        return confident and super().settled(scores, threshold, margin)
+
     def __call__(
         self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], threshold: float
     ) -> dict[str, Any]:

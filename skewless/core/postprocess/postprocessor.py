@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -42,6 +43,21 @@ class Postprocessor(ABC):
         if len(scores) == 1:
             return int(scores[0] > threshold)
         return max(range(len(scores)), key=scores.__getitem__)
+
+    def settled(self, scores: tuple[float, ...], threshold: float, margin: float) -> bool:
+        """Whether no movement of every score by at most `margin` can change what is decided; never of a score that is NaN.
+
+        For two classes, of which the second is chosen when its score exceeds something, and for several, of which the highest is.
+        A class of one's own that chooses otherwise, or decides more than that, has one of its own.
+        """
+        if len(scores) == 1:
+            (score,) = scores
+            # A choice of one score can only rise with it, so the two ends speak for all between them.
+            ends = [self.choose((end,), threshold) for end in (score - margin, score + margin)]
+            return math.isfinite(score) and ends[0] == ends[1]
+        chosen = self.choose(scores, threshold)
+        others = [score for number, score in enumerate(scores) if number != chosen]
+        return all(math.isfinite(s) for s in scores) and scores[chosen] - margin > max(others) + margin
 
     def parts(self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> list[Part]:
         """The probabilities of the recording's pieces, in order; empty where an input is judged as a whole."""

@@ -25,6 +25,7 @@ RUNTIMES: Catalogue[Runtime] = Catalogue(
         "eager": "skewless.core.runtimes.eager:EagerRuntime",
         "mnn": "skewless.core.runtimes.mnn:MnnRuntime",
         "onnxruntime": "skewless.core.runtimes.onnx:OnnxRuntime",
+        "openvino": "skewless.core.runtimes.openvino:OpenVinoRuntime",
     },
 )
 

@@ -64,6 +64,16 @@ def write_graph(network: Network, path: Path, precision: str, examples: Iterable
         raise ValueError(f"precision is {precision!r}, expected fp32, fp16 or int8")
 
 
+def require_preceding(path: Path) -> None:
+    """Make preceding_features of a written graph an input that has to be given: for programs that take an optional one for a
+    constant."""
+    model = onnx.load(path)
+    kept = [tensor for tensor in model.graph.initializer if tensor.name != PRECEDING]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
 class _RecordingGraph(nn.Module):
     def __init__(self, network: Network):
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from skewless.core.cascade import Cascade, apart
 from skewless.core.definition import Definition
 from skewless.core.pipeline import Pipeline
 from skewless.core.runtimes import Runtime
@@ -28,19 +29,25 @@ class SelfTestError(ValueError):
 @dataclass(frozen=True)
 class SelfTest:
     """A passed replay: how many recordings, the largest |dp| from evaluation's probabilities (None for an archive without
-    references), and how long it took."""
+    references), and how long it took.
+
+    max_dp_fast: of a decision-exact archive, the largest |dp| between its two networks on the references."""
 
     recordings: int
     max_dp: float | None
     seconds: float
+    max_dp_fast: float | None = None
 
 
-def self_test(definition: Definition, runtime: Runtime, metrics: Mapping[str, Any]) -> SelfTest:
+def self_test(
+    definition: Definition, runtime: Runtime, metrics: Mapping[str, Any], cascade: Cascade | None = None
+) -> SelfTest:
     """Replay an unpacked archive's references.
 
     Raises SelfTestError for the first stage, in the pipeline's order, whose output is further from its record than the
     stage's tolerance; then for a pipeline, post-processing, own code or weights that are not the ones built, however
-    small their effect; then for network outputs or probabilities that differ by more than the runtime's tolerance.
+    small their effect; then for network outputs or probabilities that differ by more than the runtime's tolerance; then for
+    a fast network whose probabilities differ by more than its own tolerance, or from the exact one's by more than the margin.
     """
     started = time.perf_counter()
     folder = definition.folder / REFERENCES
@@ -54,7 +61,8 @@ def self_test(definition: Definition, runtime: Runtime, metrics: Mapping[str, An
     for file, output in outputs.items():
         replay.check_outputs(file, output, allowed)
     max_dp = None
-    for entry in json.loads((folder / ENTRIES).read_text(encoding="utf-8")):
+    entries = json.loads((folder / ENTRIES).read_text(encoding="utf-8"))
+    for entry in entries:
         scores = definition.postprocessor.scores(outputs[entry["file"]])
         for probability, evaluated in zip(scores, entry["scores"], strict=True):
             dp = abs(probability - evaluated)
@@ -62,7 +70,8 @@ def self_test(definition: Definition, runtime: Runtime, metrics: Mapping[str, An
                 difference = f"probability {probability:.6f}, evaluated {evaluated:.6f}, allowed difference {allowed:g}"
                 raise replay.error("network", entry["file"], difference)
             max_dp = max(max_dp or 0.0, dp)
-    return SelfTest(len(inputs), max_dp, time.perf_counter() - started)
+    max_dp_fast = replay.check_cascade(cascade, entries, inputs, outputs) if cascade else None
+    return SelfTest(len(inputs), max_dp, time.perf_counter() - started, max_dp_fast)
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,33 @@ class _Replay:
             worst = float(((value.double() - expected).abs() / (1 + expected.abs())).max())
             if not worst <= 4 * allowed:
                 raise self.error("network", file, f"{name} is off by {worst:.1e}, allowed {4 * allowed:g}")
+
+    def check_cascade(
+        self,
+        cascade: Cascade,
+        entries: Sequence[Mapping[str, Any]],
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> float | None:
+        """The largest |dp| between the two networks. Raises SelfTestError for the first reference on which the fast one is
+        further from evaluation than its tolerance, or from the exact one than the margin."""
+        files = [entry["file"] for entry in entries]
+        largest = None
+        scores_of = self.definition.postprocessor.scores
+        for entry, output in zip(entries, cascade.fast([inputs[file] for file in files]), strict=True):
+            scores = scores_of(output)
+            for other, of, allowed in (
+                (entry["scores"], "evaluation", cascade.fast.tolerance),
+                (scores_of(outputs[entry["file"]]), "the exact network", cascade.margin),
+            ):
+                dp = apart(scores, other)
+                if not dp <= allowed:
+                    difference = (
+                        f"|dp| {dp:.4f} from {of}, allowed {allowed:.4f}; build the archive on such a processor"
+                    )
+                    raise self.error("fast network", entry["file"], difference)
+            largest = max(largest or 0.0, dp)
+        return largest
 
     def error(self, stage: str, file: str, difference: str) -> SelfTestError:
         changed = changed_versions(self.versions, library_versions(self.definition.packages))
