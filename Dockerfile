@@ -28,9 +28,6 @@ RUN pip install --no-cache-dir --no-deps ./source && mv source/config.properties
 # Inference and metrics are reachable from outside the container; the management API, which can load code, is not.
 RUN sed -i -E 's|^(inference_address\|metrics_address)=http://127.0.0.1|\1=http://0.0.0.0|; s|^(grpc_inference_address)=.*|\1=0.0.0.0|' config.properties \
     && useradd --create-home skewless && mkdir -p state model_store && chown skewless state
-# librosa's compiled parts, where the user can read and write them: otherwise every container compiles them anew, 12 s.
-ENV NUMBA_CACHE_DIR=/var/cache/numba
-RUN mkdir -p "$NUMBA_CACHE_DIR" && skewless serve warm && chown -R skewless "$NUMBA_CACHE_DIR"
 USER skewless
 EXPOSE 8080 8082 7070
 HEALTHCHECK --interval=30s --timeout=20s --start-period=120s \

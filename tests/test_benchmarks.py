@@ -4,17 +4,19 @@ import json
 import math
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import archive_variants, runtimes, variants, voice
+from benchmarks import archive_variants, runtimes, startup, variants, voice
 from skewless.core.networks import Network
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import build_archive
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
+from tests.conftest import Demonstration
 from tests.recordings import one_thread  # noqa: F401
 from tests.tiny_model import TinyModel, tiny_model  # noqa: F401
 
@@ -128,7 +130,40 @@ def test_voice(capsys, monkeypatch):
         voice.main(["--rounds", "1", "--seconds", "0.5"])
 
 
-@pytest.mark.parametrize("name", ["preprocessing", "runtimes", "archive_variants", "variants", "voice", "serving"])
+def test_startup(demonstration: Demonstration, capsys):
+    """A registration with a TorchServe of the benchmark's own."""
+    startup.main([str(demonstration.archive), "--rounds", "1"])
+    bare, cough = rows(capsys.readouterr().out)
+    assert (bare[0], cough[0]) == ("bare", "cough-1.0")
+    assert float(cough[1]) == pytest.approx(demonstration.archive.stat().st_size / 1e6, abs=0.05)
+    assert 0 < float(cough[3]) < float(cough[2])
+    for _, _, _, _, rss, uss, pss, _ in (bare, cough):
+        assert 50 < int(uss) <= int(pss) <= int(rss) < 5000
+    # The network's weights alone are 45 MB.
+    assert int(cough[5]) > int(bare[5]) + 45
+    assert int(cough[7]) == pytest.approx(int(cough[4]) - int(bare[4]), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("no.mar", [], "no archive: "),
+        ("empty.mar", [], "empty.mar carries no recording to send"),
+        ("empty.mar", ["--rounds", "0"], "--rounds is 0, expected at least 1"),
+    ],
+)
+def test_startup_refuses(name, arguments, said, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "empty.mar", "w") as packed:
+        packed.writestr("references/references.json", "[]")
+    with pytest.raises(SystemExit) as stopped:
+        startup.main([str(tmp_path / name), *arguments])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["preprocessing", "runtimes", "archive_variants", "variants", "voice", "serving", "startup"]
+)
 def test_each_runs_as_its_docstring_says(name):
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False

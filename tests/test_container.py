@@ -43,7 +43,7 @@ def installed(context: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     install = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*install, context / "source"], check=True, capture_output=True)
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return kept | {"PATH": f"{folder / 'bin'}{os.pathsep}{kept['PATH']}", "NUMBA_CACHE_DIR": str(folder / "numba")}
+    return kept | {"PATH": f"{folder / 'bin'}{os.pathsep}{kept['PATH']}"}
 
 
 def command_of(pattern: str) -> list[str]:
@@ -63,16 +63,6 @@ def test_the_image_can_run_its_commands(installed: dict[str, str], tmp_path: Pat
         command_of(r"^    CMD (\[.*?\])"), cwd=tmp_path, env=installed, capture_output=True, text=True, check=False
     )
     assert (status.returncode, "no server is running" in status.stdout) == (1, True), status.stderr
-
-
-@pytest.mark.chain
-def test_the_voice_features_are_compiled_once(installed: dict[str, str], tmp_path: Path):
-    assert "&& skewless serve warm &&" in DOCKERFILE
-    warm = subprocess.run(
-        ["skewless", "serve", "warm"], cwd=tmp_path, env=installed, capture_output=True, text=True, check=False
-    )
-    assert (warm.returncode, warm.stdout) == (0, "37 features of noise: compiled\n"), warm.stderr
-    assert any(Path(installed["NUMBA_CACHE_DIR"]).rglob("*.nbc"))
 
 
 def test_the_image_has_the_lock_and_no_tools():

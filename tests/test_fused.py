@@ -194,7 +194,8 @@ def test_many_threads_at_once():
 
 def test_the_self_test_says_where_the_fast_path_differs():
     class Archive:
-        prepared, packages = PIPELINE, ()
+        pipeline = prepared = PIPELINE
+        packages = ()
 
     replay = _Replay(Path(), {}, {}, Archive())  # type: ignore[arg-type]
     plain = torch.zeros(2, 3)

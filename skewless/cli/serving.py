@@ -110,23 +110,6 @@ def run(
         server.stop()
 
 
-@command(serve, "warm", hidden=True)
-def warm() -> Result:
-    """Let numba compile what the voice features need into NUMBA_CACHE_DIR, so that no worker has to wait for it."""
-    import torch
-
-    from skewless.core.stages import STAGES, Signal
-
-    signal_ = Signal(torch.rand(1, 44100, generator=torch.Generator().manual_seed(0)) - 0.5, 22050)
-    for definition in (
-        {"remove_silence": {"top_db": 20.0, "frame_length": 2048, "hop_length": 512}},
-        {"voice_features": {"n_mfcc": 13, "n_fft": 2048, "hop_length": 512, "tempo": "beat_track"}},
-    ):
-        signal_ = STAGES.build(definition)(signal_)
-    count = signal_.data.numel()
-    return Result({"features": count}, f"{count} features of noise: compiled")
-
-
 @command(app, "register", panel=SERVE)
 def register(
     archive: Annotated[Path, typer.Argument(metavar="MAR", help="An archive (.mar) in the server's model store.")],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -32,8 +34,8 @@ class NumericPolicy:
         # Autotuning picks algorithms, and so last bits, by timing.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        # Set in any case: until somebody does, MKL may use fewer than that, as it sees fit.
+        torch.set_num_threads(self.threads or torch.get_num_threads())
 
     def report(self, device: torch.device) -> dict[str, Any]:
         """The policy and what PyTorch says is in force now, as plain values."""
@@ -45,6 +47,27 @@ class NumericPolicy:
             "autocast": torch.is_autocast_enabled(device.type),
             "num_threads": torch.get_num_threads(),
         }
+
+
+def reader_threads(count: int) -> ThreadPoolExecutor:
+    """`count` threads that read files through a pipeline. What torch computes in one of them, it computes with that one.
+
+    If each shared its operations out to as many threads again, they would wait for one another longer than they compute.
+    Some operations also give other last bits with one thread than with two, such as torch's bilinear resizing: so a file's
+    numbers depend neither on how many threads a worker has, nor on what else it reads.
+    """
+    return ThreadPoolExecutor(count, "reader", _compute_alone, (torch.get_num_threads(),))
+
+
+def _compute_alone(threads: int) -> None:
+    # Asked first: a thread takes the common number over at its first use of torch, and would forget one set before.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+    # That is this thread's own number, but also the one that threads start with from now on. Back to the others' number,
+    # from a thread that ends at once: the number that it sets for itself is lost with it.
+    restoring = Thread(target=torch.set_num_threads, args=(threads,))
+    restoring.start()
+    restoring.join()
 
 
 def choose_device(gpu_id: int | None) -> torch.device:

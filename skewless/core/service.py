@@ -16,7 +16,7 @@ import torch
 
 from skewless.core.cascade import DECISION_EXACT, Cascade, Given
 from skewless.core.definition import Definition
-from skewless.core.numerics import NumericPolicy
+from skewless.core.numerics import NumericPolicy, reader_threads
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import Part, Postprocessor
 from skewless.core.request import BatchRequest, Limits, Request, RequestError
@@ -148,12 +148,9 @@ class ModelService:
     def prepare(self, requests: Sequence[Request | RequestError]) -> Iterator[Prepared | RequestError]:
         """Read every file through the pipeline; a file's error takes its place.
 
-        Several files are read at once, in threads, a few ahead of whoever takes them: while the network works on one, the
-        next are decoded.
+        Each is read by one of the readers' threads, several at once and a few ahead of whoever takes them: while the network
+        works on one, the next are decoded.
         """
-        if len(requests) == 1:
-            yield self._prepare(requests[0])
-            return
         reading: deque[Future[Prepared | RequestError]] = deque()
         for request in requests:
             reading.append(self._readers.submit(self._prepare, request))
@@ -183,7 +180,7 @@ class ModelService:
     def score(self, payloads: Sequence[bytes]) -> list[Scored]:
         """What evaluation calls: every encoded input's scores, by the exact network of two. Raises InputError for one that
         cannot be read."""
-        signals = [self.definition.prepared.run(data, **self.input_limits) for data in payloads]
+        signals = list(self._readers.map(self._read, payloads))
         outputs = self.runtime([signal.data for signal in signals])
         return [
             Scored(self.postprocessor.scores(o), tuple(self.postprocessor.parts(o, s.metadata)))
@@ -207,13 +204,16 @@ class ModelService:
 
     @cached_property
     def _readers(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="reader")
+        return reader_threads(torch.get_num_threads())
+
+    def _read(self, payload: bytes) -> Signal:
+        return self.definition.prepared.run(payload, **self.input_limits)
 
     def _prepare(self, request: Request | RequestError) -> Prepared | RequestError:
         if isinstance(request, RequestError):
             return request
         try:
-            return Prepared(request, self.definition.prepared.run(request.payload, **self.input_limits))
+            return Prepared(request, self._read(request.payload))
         except InputError as error:
             return RequestError(_STATUS[error.kind], str(error))
         except Exception:

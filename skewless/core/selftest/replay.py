@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from skewless.core.cascade import Cascade, apart
 from skewless.core.definition import Definition
+from skewless.core.numerics import reader_threads
 from skewless.core.pipeline import Pipeline
 from skewless.core.runtimes import Runtime
 from skewless.core.selftest.compare import StageDiffersError, compare_stages
@@ -53,7 +54,9 @@ def self_test(
     folder = definition.folder / REFERENCES
     recorded = json.loads((folder / KINDS).read_text(encoding="utf-8"))
     replay = _Replay(folder, load_file(folder / VALUES), recorded["library_versions"], definition)
-    inputs = {file: replay.prepared(file, kinds) for file, kinds in recorded["recordings"].items()}
+    files = recorded["recordings"]
+    with reader_threads(1) as readers:
+        inputs = dict(zip(files, readers.map(replay.prepared, files, files.values()), strict=True))
     _check_definition(definition, metrics)
     _check_weights(definition.folder, metrics)
     outputs = dict(zip(inputs, runtime(list(inputs.values())), strict=True))

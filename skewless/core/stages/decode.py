@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import ClassVar, cast
+from typing import ClassVar
 
-import av
 import numpy as np
 import soundfile
 import torch
@@ -25,8 +22,7 @@ import torch
 from skewless.core.stages.stage import InputError, Payload, Signal, Stage, Tolerance
 
 FORMATS = "WAV, FLAC, Ogg, MP3, AIFF, M4A/AAC or WebM"
-_BLOCK_FRAMES = 65536
-_MP3_TABLE_WITHIN = 4096  # bytes; behind the ID3 tag, which is short in files that programs write
+BLOCK_FRAMES = 65536
 
 
 @dataclass(frozen=True)
@@ -57,37 +53,35 @@ class Decode(Stage, name="decode"):
     def __call__(self, signal: Signal) -> Signal:
         payload: Payload = signal.data
         container = identify(payload.data)
-        reader = _read_sndfile if container in _SNDFILE else _read_ffmpeg
+        if container in _SNDFILE:
+            reader = _read_sndfile
+        else:
+            from skewless.core.stages.decode_ffmpeg import read_ffmpeg as reader
         head: list[np.ndarray] = []
         kept = count = 0
         peak, rate = 0.0, 0
-        try:
-            for rate, block in reader(payload.data, container):
-                limit = payload.head_s(rate)
-                keep = block.shape[1] if math.isinf(limit) else max(0, math.ceil(limit * rate) - kept)
-                if keep:
-                    # A copy of a part: a view, however small, would keep its whole block in memory.
-                    head.append(block if keep >= block.shape[1] else block[:, :keep].copy())
-                    kept += head[-1].shape[1]
-                count += block.shape[1]
-                if block.size:
-                    # A NaN or an infinity anywhere makes the maximum non-finite.
-                    peak = float(np.max([peak, block.max(), -block.min()]))
-                if not math.isfinite(peak):
-                    raise InputError("the audio contains NaN or infinite samples; export it again as PCM")
-                if count > payload.max_duration_s * rate:
-                    raise InputError(
-                        f"the recording is longer than {payload.max_duration_s:g} s, the longest accepted; "
-                        "send a shorter excerpt",
-                        "too_large",
-                    )
-        except (soundfile.LibsndfileError, av.FFmpegError) as error:
-            raise InputError(
-                f"the {container} data cannot be decoded: {error}; the file is damaged or cut short"
-            ) from error
+        for rate, block in reader(payload.data, container):
+            limit = payload.head_s(rate)
+            keep = block.shape[1] if math.isinf(limit) else max(0, math.ceil(limit * rate) - kept)
+            if keep:
+                # A copy of a part: a view, however small, would keep its whole block in memory.
+                head.append(block if keep >= block.shape[1] else block[:, :keep].copy())
+                kept += head[-1].shape[1]
+            count += block.shape[1]
+            if block.size:
+                # A NaN or an infinity anywhere makes the maximum non-finite.
+                peak = float(np.max([peak, block.max(), -block.min()]))
+            if not math.isfinite(peak):
+                raise InputError("the audio contains NaN or infinite samples; export it again as PCM")
+            if count > payload.max_duration_s * rate:
+                raise InputError(
+                    f"the recording is longer than {payload.max_duration_s:g} s, the longest accepted; "
+                    "send a shorter excerpt",
+                    "too_large",
+                )
         if count == 0:
             raise InputError(f"the {container} data contains no audio samples; record or export it again")
-        waveform = torch.from_numpy(_joined(head))
+        waveform = torch.from_numpy(join_blocks(head))
         return signal.of(
             waveform,
             rate=rate,
@@ -98,7 +92,7 @@ class Decode(Stage, name="decode"):
         )
 
 
-def _joined(blocks: Sequence[Sequence[np.ndarray]] | Sequence[np.ndarray]) -> np.ndarray:
+def join_blocks(blocks: Sequence[Sequence[np.ndarray]] | Sequence[np.ndarray]) -> np.ndarray:
     """Blocks of a row for each channel, one after the other: `(channels, samples)` float32."""
     joined = np.empty((len(blocks[0]), sum(len(block[0]) for block in blocks)), dtype=np.float32)
     for channel, row in enumerate(joined):
@@ -106,11 +100,12 @@ def _joined(blocks: Sequence[Sequence[np.ndarray]] | Sequence[np.ndarray]) -> np
     return joined
 
 
-_SNDFILE = ("WAV", "AIFF", "Ogg")
+def damaged(container: str, error: Exception) -> InputError:
+    """What to raise where a decoder raises `error`."""
+    return InputError(f"the {container} data cannot be decoded: {error}; the file is damaged or cut short")
 
-# Named, because FFmpeg would try every demuxer on bytes that only look like their container, those for playlists and
-# network streams among them.
-_DEMUXERS = {"FLAC": "flac", "MP3": "mp3", "Opus": "ogg", "MP4": "mov", "WebM": "matroska", "AAC": "aac"}
+
+_SNDFILE = ("WAV", "AIFF", "Ogg")
 
 
 def identify(data: bytes) -> str:
@@ -139,16 +134,23 @@ def identify(data: bytes) -> str:
 
 
 def _read_sndfile(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks of `(rate, float32 (channels, frames))` by libsndfile."""
+    """Blocks of `(rate, float32 (channels, frames))` by libsndfile; raises InputError."""
     if container in ("WAV", "AIFF"):
         _check_riff_complete(data, container)
     if container == "Ogg":
-        _check_ogg_complete(data)
+        check_ogg_complete(data)
+    try:
+        yield from _blocks(data, container)
+    except soundfile.LibsndfileError as error:
+        raise damaged(container, error) from error
+
+
+def _blocks(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         # Whole levels of 16 bits are read as they are: libsndfile takes longer to make the same floats of them.
         dtype, scale = ("int16", np.float32(2**-15)) if file.subtype == "PCM_16" else ("float32", np.float32(1))
         read = 0
-        while len(block := file.read(_BLOCK_FRAMES, dtype=dtype, always_2d=True)):
+        while len(block := file.read(BLOCK_FRAMES, dtype=dtype, always_2d=True)):
             read += len(block)
             yield file.samplerate, np.multiply(block.T, scale, order="C")
         if read < file.frames:
@@ -172,7 +174,7 @@ def _check_riff_complete(data: bytes, container: str) -> None:
     raise InputError(f"the {container} data has a header but no samples; record or export it again")
 
 
-def _check_ogg_complete(data: bytes) -> None:
+def check_ogg_complete(data: bytes) -> None:
     """Decoders quietly leave out the end of an Ogg stream whose last page is missing or cut short."""
     page = data.rfind(b"OggS")
     if page + 27 <= len(data):
@@ -182,81 +184,3 @@ def _check_ogg_complete(data: bytes) -> None:
         if data[page + 5] & 4 and body <= len(data) and body + sum(data[page + 27 : body]) <= len(data):
             return
     raise InputError("the Ogg data is truncated: its last page is incomplete; send the whole file")
-
-
-def _read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Blocks of `(rate, float32 (channels, frames))` by FFmpeg's demuxers and decoders."""
-    if container == "Opus":
-        _check_ogg_complete(data)
-    with av.open(io.BytesIO(data), "r", format=_DEMUXERS[container], metadata_errors="replace") as file:
-        if not file.streams.audio or file.streams.audio[0].codec_context is None:
-            raise InputError(f"the {container} data has no audio track that can be read; send a file with one")
-        stream = file.streams.audio[0]
-        rate, channels = stream.rate, stream.channels
-        # Converts the sample type only: interleaved float32, full scale 1.0.
-        to_float = av.AudioResampler(format="flt")
-        timed: tuple[av.AudioFrame, int, int] | None = None
-        parts: list[Sequence[np.ndarray]] = []
-        samples = 0
-        for frame in file.decode(stream):
-            if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
-                raise InputError(f"the {container} data changes its rate or channels midway; send it as WAV")
-            length = 0
-            for part in _samples(frame, channels, to_float):
-                if container == "MP4" and frame.duration:
-                    # What the file's own table of durations leaves out is the codec's padding.
-                    kept = round(_seconds(frame.duration, frame.time_base) * rate)
-                    part = [row[:kept] for row in part]
-                parts.append(part)
-                length = len(part[0])
-                samples += length
-            if frame.pts is not None:
-                timed = frame, frame.pts, length
-            # Codecs give some thousand samples at a time: too few to look at one by one.
-            if samples >= _BLOCK_FRAMES:
-                yield rate, _joined(parts)
-                parts, samples = [], 0
-        if parts:
-            yield rate, _joined(parts)
-        end = 0.0
-        if timed:
-            last, pts, length = timed
-            end = float(_seconds(pts, last.time_base)) + length / rate
-        stated = _stated_end(file, stream, data, container)
-        # WebM may count the codec's padding; the others round to milliseconds, and a lost frame is ten of them.
-        if stated is not None and end < stated - (0.1 if container == "WebM" else 0.002):
-            raise InputError(f"the {container} data is truncated: {end:.2f} of {stated:.2f} s; send the whole file")
-
-
-def _samples(frame: av.AudioFrame, channels: int, to_float: av.AudioResampler) -> list[Sequence[np.ndarray]]:
-    """A decoded frame's float32 samples, a row for each channel, in one part or more."""
-    if frame.format.name == "fltp" and channels <= 2:
-        # What most codecs give already. With more channels, `to_float` knows where a frame keeps them.
-        return [[np.frombuffer(cast(memoryview, plane), np.float32, frame.samples) for plane in frame.planes]]
-    return [list(part.to_ndarray().reshape(-1, channels).T) for part in to_float.resample(frame)]
-
-
-def _stated_end(file: av.container.InputContainer, stream: av.AudioStream, data: bytes, container: str) -> float | None:
-    """When the sound ends by the file's own account, in seconds; None where it gives none, as live recordings do."""
-    if container == "WebM":
-        if stated := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
-            hours, minutes, seconds = map(float, stated.groups())
-            return hours * 3600 + minutes * 60 + seconds
-        return None if file.duration is None else file.duration / av.time_base
-    if container in ("AAC", "Opus"):
-        return None
-    if container == "MP3":
-        # Without the first frame's table (its flag 1: a count of frames follows) the duration is guessed from bit rate.
-        table = re.search(rb"(?:Xing|Info)...(.)(.{4})", data[:_MP3_TABLE_WITHIN], re.DOTALL)
-        if table is None or not table[1][0] & 1 or table[2] == bytes(4):
-            return None
-    if stream.duration is None:
-        return None
-    return float(_seconds(stream.duration + (stream.start_time or 0), stream.time_base))
-
-
-def _seconds(ticks: int, time_base: Fraction | None) -> Fraction:
-    """A time that FFmpeg counts in units of `time_base` seconds; raises InputError where it does not know the unit."""
-    if time_base is None:
-        raise InputError("the file does not say in what unit its times are; export it again, or send it as WAV")
-    return ticks * time_base
