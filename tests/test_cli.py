@@ -29,6 +29,7 @@ COMMANDS = [
     "evaluate",
     "features",
     "import",
+    "tune",
     "build",
     "export",
     "skew",
@@ -115,6 +116,8 @@ def test_training_has_an_option_for_every_setting():
         (("new", "1st"), "the name is '1st'"),
         (("new", "mine", "--like", "cat"), "--like is 'cat'"),
         (("build", "archive/cough", "--checkpoint", "c", "--evaluation", "e", "--version", "1/0"), "version is '1/0'"),
+        (("tune", "archive/cough", "--checkpoint", "nowhere.pth", "--evaluation", "e"), "no checkpoint nowhere.pth"),
+        (("tune", "archive/cough", "--checkpoint", "c", "--evaluation", "e", "--rounds", "0"), "is '0'"),
         (("import", "archive/cough", "nowhere.pth", "--out", "x.pth"), "nowhere.pth"),
         (("export", "archive/cough", "--checkpoint", "c", "--out", "m.tflite"), "--out is m.tflite"),
         (

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from skewless.core.cores import available_cores
+
 # How far a served probability may be from the evaluated one. Between processors and runtimes float32 differs by some
 # 1e-6. A "reduced" tier is used only where somebody chose such a precision.
 TOLERANCES = {"exact": 1e-4, "reduced": 0.02}
@@ -21,7 +23,8 @@ class NumericPolicy:
 
     tf32: let GPUs round the inputs of float32 products to TF32's 10 bits. Importing TorchServe's base handler turns
         it on for matrix products, and PyTorch has it on for convolutions; off is the exact tier.
-    threads: CPU threads of one worker; 0 keeps PyTorch's choice (one per core).
+    threads: CPU threads of one worker. 0 keeps what PyTorch has, one per core or as OMP_NUM_THREADS says, but no more than
+        `available_cores`: PyTorch counts the machine's cores, also where a container may use a part of their time.
     """
 
     tf32: bool = False
@@ -35,7 +38,7 @@ class NumericPolicy:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         # Set in any case: until somebody does, MKL may use fewer than that, as it sees fit.
-        torch.set_num_threads(self.threads or torch.get_num_threads())
+        torch.set_num_threads(self.threads or min(torch.get_num_threads(), available_cores()))
 
     def report(self, device: torch.device) -> dict[str, Any]:
         """The policy and what PyTorch says is in force now, as plain values."""
@@ -46,6 +49,7 @@ class NumericPolicy:
             "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
             "autocast": torch.is_autocast_enabled(device.type),
             "num_threads": torch.get_num_threads(),
+            "available_cores": available_cores(),
         }
 
 

@@ -39,6 +39,7 @@ from skewless.training.untrained import UntrainedError, require_trained
 VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
 
 TORCHSERVE = "model-config.yaml"
+TUNING = "tuning.json"  # what `skewless tune` measured
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,9 @@ def build_archive(
     execution = execution or Execution.of(definition.runtime)
     definition = _with_runtimes(definition, execution, decision_exact, references)
     network = network_of(checkpoint, definition)
-    measured = json.loads((evaluation / METRICS).read_text(encoding="utf-8"))
-    if measured.get("checkpoint_sha256") != file_digest(checkpoint_path):
-        raise BuildError(
-            f"{evaluation} measured another checkpoint than {checkpoint_path}; run `skewless evaluate` on this one"
-        )
-    if "classes" not in measured:
-        raise BuildError(f"{evaluation} was written by another version of `skewless evaluate`; run it again")
+    measured = evaluated(evaluation, checkpoint_path)
     recorded = checkpoint.get("accepted_untrained", [])
     _check_reproduced(checkpoint, measured, evaluation)
-    check_evaluated(evaluation)
     _check_trained(network, measured, accept_untrained, recorded)
     metrics = {
         "model_name": name,
@@ -115,12 +109,13 @@ def build_archive(
         "accepted_untrained": sorted({*recorded, *accept_untrained}),
         "runtime": execution.metadata(),
         "evaluation": measured,
+        **_tuning(definition),
     }
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch, "staged")
         copy_code(staged)
-        _copy_definition(definition, staged)
+        copy_definition(definition, staged)
         service = service_of(definition, checkpoint, torch.device("cpu"))
         metrics["references"], warnings = stage_references(references, evaluation, measured["split"], staged, service)
         weights = [*execution.write(network, definition, staged), *(staged / file for file in network.files)]
@@ -147,6 +142,30 @@ def build_archive(
     return Built(target, tuple(warnings))
 
 
+def evaluated(evaluation: Path, checkpoint_path: Path) -> dict[str, Any]:
+    """What `skewless evaluate` measured for this checkpoint; raises BuildError where it was another one, or where the
+    references beside it are not the evaluation's."""
+    measured = json.loads((evaluation / METRICS).read_text(encoding="utf-8"))
+    if measured.get("checkpoint_sha256") != file_digest(checkpoint_path):
+        raise BuildError(
+            f"{evaluation} measured another checkpoint than {checkpoint_path}; run `skewless evaluate` on this one"
+        )
+    if "classes" not in measured:
+        raise BuildError(f"{evaluation} was written by another version of `skewless evaluate`; run it again")
+    check_evaluated(evaluation)
+    return measured
+
+
+def _tuning(definition: Definition) -> dict[str, Any]:
+    """The figures of `skewless tune`, where it chose what this archive has."""
+    path = definition.folder / TUNING
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    built = {"network": definition.network, "runtime": definition.runtime, "threads": definition.precision.threads}
+    return {"tuning": found} if all(found["configuration"][key] == value for key, value in built.items()) else {}
+
+
 def copy_code(staged: Path) -> None:
     """The handler, and of this package what ships: `skewless.core`."""
     ignored = shutil.ignore_patterns("__pycache__")
@@ -155,7 +174,7 @@ def copy_code(staged: Path) -> None:
     shutil.copyfile(resources.CORE.parent / "__init__.py", staged / "skewless" / "__init__.py")
 
 
-def _copy_definition(definition: Definition, staged: Path) -> None:
+def copy_definition(definition: Definition, staged: Path) -> None:
     """The folder's files: the pipeline with what training has fitted, model.yaml as it is, comments too, unless the
     runtime is another, and the Python files, requirements and network files that they name."""
     (staged / PIPELINE).write_text(definition.pipeline.to_yaml(), encoding="utf-8")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tqdm import tqdm
 
+from skewless.core.cores import available_cores
 from skewless.errors import LoadError, ScoringError, UsageError
 from skewless.scoring import worker
 from skewless.scoring.files import File, list_files
@@ -293,11 +294,9 @@ def _ray(
         finally:
             ray.shutdown()
         return
-    import joblib
     import psutil
 
-    # By affinity and by the container's quota.
-    crew = Crew.of(joblib.cpu_count(), workers, threads)
+    crew = Crew.of(available_cores(), workers, threads)
     # Ray puts sockets there, whose paths may have 107 characters.
     scratch = Path(tempfile.mkdtemp(prefix="skewless-", dir="/tmp" if Path("/tmp").is_dir() else None))
     parts.keep_in_mind(scratch)
@@ -364,7 +363,7 @@ def _remove(folder: Path) -> None:
 
 def _require_extra() -> None:
     # Looked for only: Ray reads its settings when it is imported.
-    if missing := [name for name in ("ray", "pyarrow", "pandas", "joblib", "psutil") if find_spec(name) is None]:
+    if missing := [name for name in ("ray", "pyarrow", "pandas", "psutil") if find_spec(name) is None]:
         raise UsageError(
             f"scoring needs the package '{missing[0]}', which is not installed: pip install 'skewless[score]'"
         )
