@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from skewless.core.networks import Network
-from skewless.core.runtimes.mnn import MnnRuntime, printed_by_c
+from skewless.core.runtimes.mnn import MnnRuntime, without_printing
 from skewless.core.runtimes.onnx_graph import check_numbers, graph_of
 from skewless.core.runtimes.runtime import RuntimeSettings
 
-with printed_by_c():
+with without_printing():
     import MNN
 
 # A process of its own: the converter brings a protobuf that crashes beside others. Not the command mnnconvert, which also
