@@ -73,8 +73,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def measured(runtime: str, micro_batch: int, workers: int, ratio: float) -> Measured:
-    return Measured(Candidate(runtime, micro_batch, workers, 4 // workers), 10 * ratio, 1 / ratio, ratio, 0.0)
+def measured(runtime: str, micro_batch: int, workers: int, ratio: float, variation: float = 1.0) -> Measured:
+    return Measured(
+        Candidate(runtime, micro_batch, workers, 4 // workers), 10 * ratio, 1 / ratio, ratio, variation, 0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,14 @@ def test_the_rule(rows: list[tuple[str, int, int, float]], expected: int):
     for seed in range(5):
         random.Random(seed).shuffle(figures)
         assert choose(figures) == wanted
+
+
+@pytest.mark.parametrize(("variation", "noted"), [(1.05, False), (1.5, True)])
+def test_a_busy_machine_is_noted(variation: float, noted: bool):
+    rows = [measured("eager", 32, 1, 1.0), measured("mnn", 4, 1, 2.0, variation)]
+    about = {"machine": {"cpu": "x", "available_cores": 4}, "workload": "w", "reference": "eager", "rounds": 3}
+    text = Tuning(rows, (), rows[1], {}, about).text()
+    assert ("differ by up to a factor of 1.50" in text) == noted
 
 
 def test_measures_writes_and_reads_back(archive: Path, tiny_model: TinyModel, evaluation: Path, tmp_path: Path):

@@ -35,6 +35,8 @@ from skewless.tuning.worker import MICRO_BATCHES, Crew, Done, Setup, Task, crew_
 REFERENCE = "eager"
 # Closer than this to the fastest is as fast: less than what a quiet machine differs by from minute to minute.
 MARGIN = 0.03
+# Rounds of one candidate that differ by a larger factor say that the machine was busy with something else.
+STEADY = 1.2
 RULE = (
     f"of those whose median ratio to {REFERENCE} is within {MARGIN:.0%} of the highest, the one with the fewest workers, then "
     "with the smallest micro-batch, which take the least memory; then the fastest"
@@ -61,13 +63,15 @@ class Measured:
     """A candidate's figures, medians over the rounds.
 
     rows_per_s: of all workers together. seconds: for one pass over the references. ratio: its rows per second as a multiple
-    of the reference's in the same round. max_dp: the largest difference of a score from the reference's.
+    of the reference's in the same round. variation: its fastest round as a multiple of its slowest. max_dp: the largest
+    difference of a score from the reference's.
     """
 
     candidate: Candidate
     rows_per_s: float
     seconds: float
     ratio: float
+    variation: float
     max_dp: float
 
 
@@ -124,6 +128,12 @@ class Tuning:
         machine = self.about["machine"]
         lines += ["", f"{machine['cpu']}, {machine['available_cores']} cores; {self.about['workload']}"]
         lines += [f"ratio: rows/s as a multiple of {self.about['reference']}, median of {self.about['rounds']} rounds"]
+        unsteady = max(each.variation for each in self.measured)
+        if unsteady > STEADY:
+            lines.append(
+                f"note: from round to round the same candidate's rows/s differ by up to a factor of {unsteady:.2f}; something "
+                "else used the processor, and another run may choose otherwise: run it again on a quiet machine"
+            )
         lines += [f"left out: {each.candidate or each.runtime}: {each.reason}" for each in self.excluded]
         lines += [f"rule: {RULE}", f"chosen: {self.chosen.candidate}"]
         lines += [f"written: {path}" for path in self.written]
@@ -328,7 +338,8 @@ def _measure(
         rate = statistics.median(rates[each])
         ratio = statistics.median(a / b for a, b in zip(rates[each], rates[reference], strict=True))
         seconds = each.workers * crews[each.workers].rows / rate
-        measured.append(Measured(each, rate, seconds, ratio, worst[each]))
+        variation = max(rates[each]) / min(rates[each])
+        measured.append(Measured(each, rate, seconds, ratio, variation, worst[each]))
     return measured, excluded
 
 
