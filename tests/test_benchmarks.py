@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import archive_variants, runtimes, startup, variants, voice
+from benchmarks import archive_variants, forward, runtimes, startup, variants, voice
 from skewless.core.networks import Network
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import build_archive
@@ -82,6 +82,67 @@ def test_runtimes_refuses_what_is_no_archive(tmp_path, capsys):
         runtimes.main([str(tmp_path / "x.mar")])
     assert stopped.value.code == 2
     assert f"no archive: {tmp_path / 'x.mar'}" in capsys.readouterr().err
+
+
+FORWARD = ("--batches", "2", "1", "--rounds", "2", "--recordings", "3", "--matmul", "32")
+
+
+def test_forward(archive, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda encode, dynamic: compiled.append(dynamic) or encode)
+    forward.main([str(archive), *FORWARD, "--out", str(out)])
+    printed = capsys.readouterr().out
+    report = json.loads((out / "forward.json").read_text(encoding="utf-8"))
+    names = ["eager fp32, the archive's", "eager fp32", "eager bf16", "torch.compile fp32"]
+    assert compiled == [False]
+    assert (report["device"], report["reference"], report["notes"]) == ("cpu", "eager fp32", [])
+    assert [(row["batch"], row["variant"]) for row in report["network"]] == [(b, n) for b in (1, 2) for n in names]
+    # The tiny network's one product: 64 values to 4, two operations each.
+    assert report["gflop_per_row"] == 2 * 64 * 4 / 1e9
+    for row in report["network"]:
+        assert row["rows_per_s"] == pytest.approx(row["batch"] / row["seconds"])
+        assert row["tflop_per_s"] == pytest.approx(512e-12 * row["rows_per_s"])
+        assert row["times_as_fast"] == 1 or row["variant"] != "eager fp32"
+    assert set(report["ceilings_tflop_per_s"]) == {"matmul fp32", "matmul bf16"}
+    assert [(row["variant"], row["recordings"]) for row in report["recordings"]] == [(name, 3) for name in names]
+    exact, same, reduced, alike = (row["max_abs_dp"] for row in report["recordings"])
+    assert max(exact, same, alike) <= 1e-6 < reduced <= 0.02
+    assert printed.strip() == (out / "forward.md").read_text(encoding="utf-8").strip()
+    assert (out / "forward.png").stat().st_size > 5000
+
+
+def test_forward_says_what_it_did_not_measure(archive, tmp_path, capsys, monkeypatch):
+    def broken(encode, dynamic):
+        def fail(rows):
+            raise RuntimeError("no compiler\nand a long trace")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    forward.main([str(archive), *FORWARD, "--out", str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out" / "forward.json").read_text(encoding="utf-8"))
+    assert report["notes"] == ["torch.compile is missing: it does not work here: no compiler"]
+    assert {row["variant"] for row in report["network"]} == {"eager fp32, the archive's", "eager fp32", "eager bf16"}
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "cuda:99"), "--device is cuda:99, expected cpu"),
+        (("--device", "meta"), "--device is meta, expected cpu"),
+        (("--batches", "0", "2"), "--batches has 0, expected numbers from 1"),
+        (("--rounds", "0"), "--rounds is 0, expected at least 1"),
+        (("--eager-archive", "no.mar"), "no.mar is no archive"),
+    ],
+)
+def test_forward_refuses_wrong_arguments(archive, tmp_path, capsys, arguments: tuple[str, ...], message: str):
+    with pytest.raises(SystemExit) as stopped:
+        forward.main([str(archive), *arguments, "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_archive_variants(tiny_model, capsys):  # noqa: F811

@@ -343,10 +343,13 @@ def test_refuses_recordings_that_were_not_measured(demonstration: Demonstration,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--runtime", "onnxruntime", "--precision", "int4"), "precision is 'int4', expected one of fp32, fp16, int8"),
+        (
+            ("--runtime", "onnxruntime", "--precision", "int4"),
+            "precision is 'int4', expected one of fp32, bf16, fp16, int8",
+        ),
         (("--runtime", "tensorflow"), "runtime is 'tensorflow', expected one of eager, mnn, onnxruntime"),
         (("--precision", "int8"), "go with --runtime"),
-        (("--runtime", "eager", "--precision", "fp16"), "'eager' runs in fp32 only"),
+        (("--runtime", "eager", "--precision", "fp16"), "'eager' runs in fp32 and bf16 only"),
         (("--runtime", "onnxruntime", "--precision", "fp16"), "give their --manifest"),
     ],
 )

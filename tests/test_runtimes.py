@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -22,10 +23,17 @@ from torch import nn
 from skewless.core.definition import Definition
 from skewless.core.networks import Network, build_network
 from skewless.core.networks.program import program_of
+from skewless.core.networks.with_stages import through
+from skewless.core.numerics import NumericPolicy
 from skewless.core.postprocess import Postprocessor
 from skewless.core.runtimes import RUNTIMES, RuntimeSettings, load_runtime
 from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.runtimes.onnx import FEATURES, PRECEDING, OnnxRuntime
+from skewless.core.stages import Signal, Stage
+from skewless.core.stages.image import CaffePreprocess
+from skewless.core.stages.network_input import Cast, Replicate, Standardize
+from skewless.core.stages.spectrogram import Scale
+from skewless.core.stages.voice import StandardScaler
 from skewless.errors import BuildError
 from skewless.packaging.execution import Execution
 from skewless.packaging.export import export_checkpoint
@@ -311,6 +319,163 @@ def test_reduced_precision_reduces_the_encoder_alone(made, tmp_path: Path, name:
     assert head <= {"FLOAT", "Concat"}
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bf16_reduces_the_encoder_alone(made, name: str):
+    network, _ = made(name)
+    inputs = examples(NETWORKS[name][1], 1, 4)
+    exact, seen = EagerRuntime(network, CPU), []
+    reduced = EagerRuntime(network, CPU, RuntimeSettings("bf16", micro_batch=3))
+    assert (reduced.precision, reduced.tier, reduced.tolerance) == ("bf16", "reduced", 0.02)
+    outputs = reduced(inputs)
+    for ours, theirs in zip(outputs, exact(inputs), strict=True):
+        assert all(value.dtype == theirs[output].dtype for output, value in ours.items())
+        for output in theirs:
+            if not output.endswith(("logit", "logits")):
+                assert float((ours[output] - theirs[output]).abs().max()) <= 0.05, output
+    assert apart(outputs, exact(inputs)) > 1e-6 or name == "mlp"
+    # The head takes float32 and computes in it: given the reduced features, it gives the very outputs.
+    network.head, head = lambda features: (seen.append(features), head(features))[1], network.head
+    try:
+        again = reduced(inputs)
+    finally:
+        del network.head
+    with torch.inference_mode():
+        plain = [network.head(features) for features in seen]
+    assert [features.dtype for features in seen] == [torch.float32] * 2
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(again, plain, strict=True) for k in b)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_callers_autocast_changes_nothing(made, precision: str):
+    network, _ = made("own")
+    inputs = examples((1, 12, 16), 2, 5)
+    runtime = EagerRuntime(network, CPU, RuntimeSettings(precision))
+    alone = runtime(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert apart(runtime(inputs), alone) == 0
+    assert not torch.is_autocast_enabled("cpu")
+
+
+class Mixing(Stage, name="mixing"):
+    """A stage with a product in it, which bf16 would round."""
+
+    def __call__(self, signal: Signal) -> Signal:
+        return signal.of(signal.data @ torch.linspace(0, 1, 256).view(16, 16))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eager_absorbs_stages_in_float32(made, precision: str):
+    network, _ = made("own")
+    inputs = [rows.half() for rows in examples((1, 12, 16), 2, 5)]
+    stages = (Mixing(), Standardize(mean=(0.3,), std=(0.7,)))
+    absorbing = EagerRuntime(network, CPU, RuntimeSettings(precision, micro_batch=3), stages)
+    plain = EagerRuntime(network, CPU, RuntimeSettings(precision, micro_batch=3))
+    assert apart(absorbing(inputs), plain([through(stages, rows.float()) for rows in inputs])) <= 1e-6
+
+
+def test_rows_go_to_a_gpu_from_pinned_memory_as_they_are(made, monkeypatch: pytest.MonkeyPatch):
+    """Without a GPU: that the memory is asked for, in the rows' own type."""
+    network, _ = made("own")
+    inputs = [rows.half() for rows in examples((1, 12, 16), 2, 5)]
+    runtime, asked = EagerRuntime(network, CPU), []
+    expected = runtime(inputs)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda rows: (asked.append((rows.shape, rows.dtype)), rows)[1])
+    assert apart(runtime(inputs), expected) == 0
+    assert asked == []
+    monkeypatch.setattr(runtime, "_pinned", True)
+    assert apart(runtime(inputs), expected) == 0
+    assert asked == [((7, 1, 12, 16), torch.float16)]
+
+
+class Several(Network):
+    """Outputs of several types and shapes, one of them empty."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def head(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        high = features.argmax(1)
+        return {
+            "any": (features > 1).any(),
+            "high": high,
+            "columns": features.double().T,
+            "none": features[:0],
+            "half": features.half()[1:],
+        }
+
+
+def test_outputs_of_any_type_come_back_as_they_are():
+    inputs = examples((3,), 1, 4, 2)
+    network = Several()
+    for ours, rows in zip(EagerRuntime(network, CPU)(inputs), inputs, strict=True):
+        theirs = network.head(rows)
+        assert list(ours) == list(theirs)
+        for name, value in theirs.items():
+            assert ours[name].dtype == value.dtype
+            assert torch.equal(ours[name], value)
+
+
+DEVICE_STAGES = {
+    "cast": (Cast("float16"), (4, 5, 6)),
+    "replicate": (Replicate(3), (4, 5, 6)),
+    "standardize": (Standardize(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)), (4, 3, 5, 6)),
+    "standardize in float16": (Standardize(mean=(0.1,), std=(1.0,), arithmetic="float16"), (4, 1, 5, 6)),
+    "scale": (Scale(-80.0, 40.0, (-1.0, 1.0)), (4, 5, 6)),
+    "caffe_preprocess": (CaffePreprocess((103.9, 116.8, 123.7)), (1, 3, 5, 6)),
+    "standard_scaler": (StandardScaler((0.1, 0.2), (1.0, 2.0)), (4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", DEVICE_STAGES)
+def test_absorbed_stages_stay_on_the_device_of_their_rows(name: str):
+    """On a device without values: no stage reads them, and what it adds is on the same device."""
+    stage, shape = DEVICE_STAGES[name]
+    given = through([stage], torch.empty(shape, device="meta"))
+    on_cpu = through([stage], torch.ones(shape))
+    assert given.device.type == "meta"
+    assert (given.shape, given.dtype) == (on_cpu.shape, on_cpu.dtype)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_numeric_policy_holds_whatever_others_have_set(tf32: bool):
+    backends = torch.backends
+    try:
+        backends.fp32_precision = "tf32"
+        backends.cudnn.conv.fp32_precision = backends.mkldnn.conv.fp32_precision = "tf32"
+        backends.cuda.matmul.fp32_precision = "tf32"
+        NumericPolicy(tf32=tf32).apply()
+        gpu = {
+            backends.cuda.matmul.fp32_precision,
+            backends.cudnn.conv.fp32_precision,
+            backends.cudnn.rnn.fp32_precision,
+        }
+        assert gpu == {"tf32" if tf32 else "ieee"}
+        assert {backends.mkldnn.conv.fp32_precision, backends.mkldnn.matmul.fp32_precision} == {"ieee"}
+        assert backends.cudnn.deterministic
+        assert not backends.cudnn.benchmark
+        assert NumericPolicy(tf32=tf32).report(CPU)["cudnn_allow_tf32"] is tf32
+    finally:
+        backends.fp32_precision = "none"
+        NumericPolicy().apply()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_cuda_gives_what_the_cpu_gives(made, name: str, precision: str, tolerance: float):
+    _, shape = NETWORKS[name]
+    network = copy.deepcopy(made(name)[0])
+    inputs = [rows.half() for rows in examples(shape, 1, 4)]
+    NumericPolicy().apply()
+    expected = EagerRuntime(network, CPU)(inputs)
+    given = EagerRuntime(network, torch.device("cuda"), RuntimeSettings(precision, micro_batch=3))(inputs)
+    for ours, theirs in zip(given, expected, strict=True):
+        for output, value in theirs.items():
+            assert ours[output].device == CPU
+            if not output.endswith(("logit", "logits")):
+                assert float((ours[output] - value).abs().max()) <= tolerance, output
+
+
 def test_half_precision_without_convolutions(made, tmp_path: Path):
     network, _ = made("mlp")
     inputs = examples((37,), 1, 3)
@@ -530,8 +695,10 @@ def test_execution_asks_the_runtime():
     some = [Recording("a.wav", Path("a.wav"), 0, "test")]
     for arguments, message in [
         (("tensorflow",), "runtime is 'tensorflow', expected one of eager, mnn, onnxruntime"),
-        (("eager", "int4"), "precision is 'int4', expected one of fp32"),
-        (("eager", "fp16"), "runtime 'eager' runs in fp32 only; for fp16 choose runtime 'onnxruntime'"),
+        (("eager", "int4"), "precision is 'int4', expected one of fp32, bf16, fp16, int8"),
+        (("eager", "fp16"), "runtime 'eager' runs in fp32 and bf16 only; for fp16 choose runtime 'onnxruntime'"),
+        (("mnn", "bf16"), "runtime 'mnn' runs in fp32 only; for bf16 choose runtime 'eager'"),
+        (("eager", "bf16"), "bf16 is proved on .* give their --manifest"),
         (("onnxruntime", "fp16"), "give their --manifest"),
         (("onnxruntime", "int8", some), "--calibration-manifest with a train split"),
     ]:

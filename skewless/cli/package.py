@@ -123,7 +123,8 @@ def build(
         str | None, typer.Option(help="The runtime's arithmetic.", autocompletion=_precisions, show_default="fp32")
     ] = None,
     manifest: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="The manifest of --evaluation: fp16 and int8 are proved on it.")
+        Path | None,
+        typer.Option(metavar="CSV", help="The manifest of --evaluation: bf16, fp16 and int8 are proved on it."),
     ] = None,
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="The split to prove them on.")] = "test",
     decision_exact: Annotated[

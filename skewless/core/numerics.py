@@ -14,7 +14,7 @@ from skewless.core.cores import available_cores
 # How far a served probability may be from the evaluated one. Between processors and runtimes float32 differs by some
 # 1e-6. A "reduced" tier is used only where somebody chose such a precision.
 TOLERANCES = {"exact": 1e-4, "reduced": 0.02}
-TIERS = {"fp32": "exact", "fp16": "reduced", "int8": "reduced"}
+TIERS = {"fp32": "exact", "bf16": "reduced", "fp16": "reduced", "int8": "reduced"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class NumericPolicy:
         """Set the policy for this process. Call after every import that might set its own."""
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.tf32
+        # Where the switches above say no, PyTorch goes on to ask torch.backends.fp32_precision, which others may have set.
+        gpu: Any = torch.backends.cudnn
+        cpu: Any = torch.backends.mkldnn
+        for operator in (gpu.conv, gpu.rnn):
+            operator.fp32_precision = "tf32" if self.tf32 else "ieee"
+        for operator in (cpu.conv, cpu.rnn, cpu.matmul):
+            operator.fp32_precision = "ieee"
         # Autotuning picks algorithms, and so last bits, by timing.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True

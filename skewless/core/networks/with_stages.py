@@ -10,6 +10,14 @@ from skewless.core.networks.network import Network
 from skewless.core.stages import Signal, Stage
 
 
+def through(stages: Sequence[Stage], rows: torch.Tensor) -> torch.Tensor:
+    """Rows `(N, ...)` behind these stages, on the device that the rows are on."""
+    signal = Signal(rows)
+    for stage in stages:
+        signal = stage(signal)
+    return signal.data
+
+
 class WithStages(Network):
     """What reaches `encode` is what comes before `stages`; the rest is `network`'s.
 
@@ -28,10 +36,7 @@ class WithStages(Network):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `(N, ...)` as the stages take them to the network's features `(N, F)`."""
-        signal = Signal(x)
-        for stage in self.stages:
-            signal = stage(signal)
-        return self.network.encode(signal.data)
+        return self.network.encode(through(self.stages, x))
 
     def head(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """The network's own outputs, from one recording's features `(S, F)`."""

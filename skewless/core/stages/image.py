@@ -244,4 +244,5 @@ class CaffePreprocess(Stage, name="caffe_preprocess"):
         self.require(len(self.mean_bgr) == 3, f"mean_bgr is {list(self.mean_bgr)}, expected three levels")
 
     def __call__(self, signal: Signal) -> Signal:
-        return signal.of(signal.data.flip(1) - torch.tensor(self.mean_bgr).view(1, 3, 1, 1))
+        mean = torch.tensor(self.mean_bgr, device=signal.data.device).view(1, 3, 1, 1)
+        return signal.of(signal.data.flip(1) - mean)

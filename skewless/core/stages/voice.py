@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -216,10 +215,6 @@ class StandardScaler(Stage, name="standard_scaler"):
         std = data.std(dim=0, correction=0)
         return dataclasses.replace(self, mean=tuple(data.mean(dim=0).tolist()), std=tuple(std.tolist()))
 
-    @cached_property
-    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
-
     def __call__(self, signal: Signal) -> Signal:
         self.require(
             self.fitted,
@@ -228,7 +223,9 @@ class StandardScaler(Stage, name="standard_scaler"):
         )
         given = signal.data.shape[-1]
         self.require(given == len(self.mean), f"it was fitted to {len(self.mean)} features, got {given}")
-        mean, std = self._statistics
+        device = signal.data.device
+        mean = torch.tensor(self.mean, dtype=torch.float64, device=device)
+        std = torch.tensor(self.std, dtype=torch.float64, device=device)
         return signal.of(((signal.data.double() - mean) / std).float())
 
 
