@@ -22,7 +22,7 @@ from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
 from skewless.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from tests.conftest import OTHERS, ROOT, Demonstration
+from tests.conftest import OTHERS, ROOT, SERVED, Demonstration
 from tests.test_build import edited_checkpoint
 
 
@@ -43,15 +43,15 @@ def test_smoke_test_passes_on_every_path(server: Server, others: dict[str, Demon
     rows = smoke_test(server, name)
     assert len(rows) == 12
     for row in rows:
-        assert row.passed and row.flips == 0 and row.max_dp <= 1e-5, row
+        assert row.passed and row.flips == 0 and row.max_dp <= SERVED, row
 
 
 def test_answers_of_orca(client: Client, others: dict[str, Demonstration]):
     payload, entry = reference(others["orca"])
     body = client.predict_rest("orca", payload).body
-    assert body["global_confidence"] == pytest.approx(entry["scores"][0], abs=1e-6)
+    assert body["global_confidence"] == pytest.approx(entry["scores"][0], abs=SERVED)
     confidences = [second["confidence"] for second in body["seconds"]]
-    assert confidences == pytest.approx([p for *_, p in entry["parts"]], abs=1e-6)
+    assert confidences == pytest.approx([p for *_, p in entry["parts"]], abs=SERVED)
     assert body["orcaDetected"] is (sum(c > 0.5 for c in confidences) >= 3)
     assert client.predict_rest("orca", payload, headers={"X-Threshold": "1"}).body["orcaDetected"] is False
 
@@ -60,10 +60,10 @@ def test_answers_of_talent(client: Client, others: dict[str, Demonstration]):
     payload, entry = reference(others["talent"])
     body = client.predict_rest("talent", payload).body
     (probability,) = entry["scores"]
-    assert body["probability"] == pytest.approx(probability, abs=1e-6)
+    assert body["probability"] == pytest.approx(probability, abs=SERVED)
     assert body["label"] == ("good" if body["talented"] else "poor")
     chosen = probability if body["talented"] else 1 - probability
-    assert body["confidence"] == pytest.approx(chosen, abs=1e-6)
+    assert body["confidence"] == pytest.approx(chosen, abs=SERVED)
 
 
 def test_answers_of_portrait(client: Client, others: dict[str, Demonstration]):
@@ -75,7 +75,7 @@ def test_answers_of_portrait(client: Client, others: dict[str, Demonstration]):
         client.predict_grpc("portrait", payload),
     ):
         body = answer.body
-        assert list(body["probabilities"].values()) == pytest.approx(entry["scores"], abs=1e-6)
+        assert list(body["probabilities"].values()) == pytest.approx(entry["scores"], abs=SERVED)
         assert sum(body["probabilities"].values()) == pytest.approx(1.0, abs=1e-6)
         assert body["label"] == max(body["probabilities"], key=body["probabilities"].get)
         assert body["confident"] is (body["probabilities"][body["label"]] >= body["threshold_used"])
@@ -147,7 +147,7 @@ def test_a_bad_file_leaves_its_neighbours_alone(client: Client, others: dict[str
         assert (body["succeeded"], body["failed"]) == (2, 2), body
         assert [body["results"][bad]["code"] for bad in ("bad", "empty")] == [415, 400]
         for good, wanted in (("first", entry), ("last", expected)):
-            assert decision.read(body["results"][good])[0] == pytest.approx(wanted["scores"], abs=1e-6)
+            assert decision.read(body["results"][good])[0] == pytest.approx(wanted["scores"], abs=SERVED)
 
 
 def load_decision(made: Demonstration) -> Postprocessor:

@@ -12,7 +12,7 @@ from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
 from skewless.training.checkpoint import load_checkpoint
-from tests.conftest import Demonstration, run_skewless
+from tests.conftest import SERVED, Demonstration, run_skewless
 
 COUGH = "archive/cough"
 
@@ -44,7 +44,7 @@ def test_an_imported_checkpoint_is_served(server: Server, demonstration: Demonst
     try:
         rows = smoke_test(server, "cough", "2.0")
         assert len(rows) == 6
-        assert all(row.passed and row.max_dp <= 1e-6 for row in rows), rows
+        assert all(row.passed and row.max_dp <= SERVED for row in rows), rows
     finally:
         server.unregister("cough", "2.0")
         (demonstration.store / archive).unlink()
@@ -55,12 +55,12 @@ def test_onnx_runtime_serves_the_evaluated_probabilities(server: Server, client:
     archive = registered(server, demonstration, demonstration.checkpoint, demonstration.evaluation, *onnx)
     try:
         rows = smoke_test(server, "cough", "2.0")
-        assert all(row.passed and row.max_dp <= 1e-5 for row in rows), rows
+        assert all(row.passed and row.max_dp <= SERVED for row in rows), rows
         (recording,) = (demonstration.evaluation / "references").glob("08.*")
         body = client.predict_rest("cough", recording.read_bytes(), "2.0").body
         assert (body["runtime"], body["precision"], body["tier"]) == ("onnxruntime", "fp32", "exact")
         # The default version is still the first one.
-        assert client.predict_rest("cough", recording.read_bytes()).body["runtime"] == "eager"
+        assert client.predict_rest("cough", recording.read_bytes()).body["runtime"] == "mnn"
     finally:
         server.unregister("cough", "2.0")
         (demonstration.store / archive).unlink()
