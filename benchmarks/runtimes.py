@@ -47,7 +47,7 @@ def measure(archives: Sequence[Path], rounds: int, device: torch.device, scratch
     first, recordings = loaded[0]
     if len({service.metrics["checkpoint_sha256"] for service in services}) > 1:
         raise ValueError("these archives are not of one checkpoint, so their probabilities cannot be compared")
-    inputs = [first.pipeline(recording) for recording in recordings]
+    inputs = [first.definition.prepared(recording) for recording in recordings]
     rows = torch.cat(inputs)
     rows = torch.cat([rows] * -(-ROWS // len(rows)))[:ROWS]
 

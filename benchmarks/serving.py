@@ -74,7 +74,8 @@ class Archive:
         service = ModelService.load(folder, torch.device("cpu"), replay=False)
         if service.pipeline.reads != "audio":
             raise ValueError(f"{path} reads {service.pipeline.reads}, expected an archive that reads recordings")
-        inputs = {upload.kind: service.pipeline.run(upload.payload, **service.input_limits).data for upload in uploads}
+        prepared = service.definition.prepared
+        inputs = {upload.kind: prepared.run(upload.payload, **service.input_limits).data for upload in uploads}
         outputs = service.runtime(list(inputs.values()))
         scores = [service.postprocessor.scores(each) for each in outputs]
         return cls(f"skewless {name}-{number}", path, folder, service, inputs, dict(zip(inputs, scores, strict=True)))

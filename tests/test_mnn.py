@@ -100,6 +100,11 @@ def test_a_damaged_graph_is_refused(graphs: Path, tmp_path: Path):
         runtime(tmp_path)
 
 
+def test_rows_of_another_shape_are_refused(graphs: Path):
+    with pytest.raises(ValueError, match=r"takes rows \(3, 64, 64\), got \(1, 64, 64\)"):
+        runtime(graphs)(examples((1, 64, 64), 2))
+
+
 def test_it_stays_on_the_cpu(graphs: Path, caplog: pytest.LogCaptureFixture):
     with pytest.raises(ValueError, match=r"not on device 'cuda'.*runtime 'eager'"):
         MnnRuntime.load(graphs, {}, torch.device("cuda"), RuntimeSettings())

@@ -113,10 +113,14 @@ class _Graph:
                     f"MNN {MNN.version()} cannot open {path.name}: {error}; build the archive again"
                 ) from error
         self._input = self._interpreter.getSessionInput(self._session)
+        self._row = tuple(self._input.getShape())[1:]
         self._shape: tuple[int, ...] = ()
 
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`(N, ...)` float32 to the outputs by name."""
+        """`(N, ...)` float32 to the outputs by name. Raises ValueError for rows of another shape than the graph's."""
+        # MNN would end the process.
+        if rows.shape[1:] != self._row:
+            raise ValueError(f"the graph takes rows {self._row}, got {rows.shape[1:]}")
         if rows.shape != self._shape:
             self._interpreter.resizeTensor(self._input, rows.shape)
             self._interpreter.resizeSession(self._session)
