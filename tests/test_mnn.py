@@ -96,7 +96,7 @@ def test_a_network_that_mnn_computes_otherwise_is_refused(folder: Path, tmp_path
 def test_a_damaged_graph_is_refused(graphs: Path, tmp_path: Path):
     for file in (ENCODER, HEAD):
         (tmp_path / file).write_bytes((graphs / file).read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"cannot open encoder\.mnn.*build the archive again"):
+    with pytest.raises(ValueError, match=r"cannot open head\.mnn.*build the archive again"):
         runtime(tmp_path)
 
 

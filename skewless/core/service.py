@@ -161,13 +161,13 @@ class ModelService:
             yield reading.popleft().result()
 
     def infer(self, prepared: Iterable[Prepared | RequestError]) -> Iterator[Inferred | RequestError]:
-        """Run the network on all that could be prepared, as soon as a micro-batch of rows is there; errors pass through."""
+        """Run the network on all that could be prepared, as soon as there are enough rows for it; errors pass through."""
         waiting: list[Prepared | RequestError] = []
         rows = 0
         for each in prepared:
             waiting.append(each)
             rows += len(each.signal.data) if isinstance(each, Prepared) else 0
-            if rows >= self.runtime.settings.micro_batch:
+            if rows >= self.runtime.rows_at_once:
                 yield from self._infer(waiting)
                 waiting, rows = [], 0
         yield from self._infer(waiting)

@@ -11,7 +11,9 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from skewless.core.networks.with_stages import WithStages
 from skewless.core.runtimes.runtime import DEFAULTS, Runtime, RuntimeSettings
 from skewless.core.stages import Stage
 
+_SIDE_BY_SIDE = 4
 ENCODER, HEAD = "encoder.mnn", "head.mnn"
 
 
@@ -29,7 +32,8 @@ class MnnRuntime(Runtime):
     """Two graphs: the rows' features, a few rows at a time, and the head over all of a recording's features.
 
     A recording's rows are cut into micro-batches by themselves, never beside another's: in MNN the last bits of a row depend
-    on its place in the batch, and so they are the same in whatever company a recording comes.
+    on its place in the batch, and so they are the same in whatever company a recording comes. Micro-batches are computed side
+    by side, each by one thread: two threads that share one have to wait for each other at every layer, and here they do not.
     """
 
     name = "mnn"
@@ -40,8 +44,19 @@ class MnnRuntime(Runtime):
     def __init__(self, encoder: Path, head: Path, settings: RuntimeSettings = DEFAULTS):
         self.device, self.settings = torch.device("cpu"), settings
         threads = torch.get_num_threads()
+        # Each has the weights in memory once more, so that of many threads several share a micro-batch.
+        self._side_by_side = min(threads, _SIDE_BY_SIDE)
         # The head is a few small products: more threads would only wait for each other.
-        self._encoder, self._head = _Graph(encoder, threads), _Graph(head, 1)
+        self._head = _Graph(head, 1)
+        self._encoders: SimpleQueue[_Graph] = SimpleQueue()
+        for _ in range(self._side_by_side):
+            self._encoders.put(_Graph(encoder, threads // self._side_by_side))
+        self._threads = ThreadPoolExecutor(self._side_by_side, thread_name_prefix="mnn")
+
+    @property
+    def rows_at_once(self) -> int:
+        """A micro-batch for each that is computed side by side."""
+        return self.settings.micro_batch * self._side_by_side
 
     @classmethod
     def write(
@@ -84,11 +99,21 @@ class MnnRuntime(Runtime):
 
         What a recording gets does not depend on the others, to the last bit.
         """
-        return [self._run(rows) for rows in inputs]
+        chunks = [rows.split(self.settings.micro_batch) for rows in inputs]
+        # All at once, so that no thread waits at the end of a recording.
+        features = self._threads.map(self._encode, (chunk for of_one in chunks for chunk in of_one))
+        return [self._answer([next(features) for _ in of_one]) for of_one in chunks]
 
-    def _run(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        features = [self._encoder(chunk.float().numpy()) for chunk in rows.split(self.settings.micro_batch)]
-        outputs = self._head(np.concatenate([feature for (feature,) in (f.values() for f in features)]))
+    def _encode(self, chunk: torch.Tensor) -> np.ndarray:
+        graph = self._encoders.get()
+        try:
+            (features,) = graph(chunk.float().numpy()).values()
+        finally:
+            self._encoders.put(graph)
+        return features
+
+    def _answer(self, features: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        outputs = self._head(np.concatenate(features))
         return {name: torch.from_numpy(value) for name, value in outputs.items()}
 
 

@@ -99,6 +99,11 @@ class Runtime(ABC):
         depend on the others."""
 
     @property
+    def rows_at_once(self) -> int:
+        """How many rows are worth waiting for before the runtime is called."""
+        return self.settings.micro_batch
+
+    @property
     def precision(self) -> str:
         return self.settings.precision
 
