@@ -23,6 +23,15 @@ from tests import recordings
 from tests.conftest import ROOT
 from tests.test_runtimes import CPU, OWN, apart, examples, lively
 
+_WRITE = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from skewless.core.runtimes import RuntimeSettings
+from skewless.core.runtimes.mnn import MnnRuntime
+from tests.test_runtimes import examples, lively
+network = lively({"attn_mil_resnet": {}}, (3, 64, 64))
+MnnRuntime.write(network, Path(sys.argv[2]), RuntimeSettings(), examples((3, 64, 64), 2))
+"""
 COUGH = ROOT / "archive" / "cough"
 
 
@@ -82,6 +91,19 @@ def test_half_precision_rows_are_read_exactly(graphs: Path):
 def test_the_same_network_gives_the_same_bytes(graphs: Path, resnet, tmp_path: Path):
     files = MnnRuntime.write(resnet, tmp_path, RuntimeSettings(), examples((3, 64, 64), 2))
     assert [file.read_bytes() for file in files] == [(graphs / file.name).read_bytes() for file in files]
+
+
+def test_two_may_be_written_at_once(graphs: Path, resnet, tmp_path: Path):
+    """MNN's converter has a file of a fixed name in the folder that it runs in."""
+    folders = [tmp_path / str(k) for k in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    command = [sys.executable, "-c", _WRITE, str(ROOT)]
+    running = [subprocess.Popen([*command, str(folder)], cwd=tmp_path) for folder in folders]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    first, *others = [[(folder / file).read_bytes() for file in (ENCODER, HEAD)] for folder in folders]
+    assert all(other == first for other in others)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
 
 
 def test_a_network_that_mnn_computes_otherwise_is_refused(folder: Path, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -73,10 +74,15 @@ class _Head(nn.Module):
 def _write(module: nn.Module, name: str, example: torch.Tensor, outputs: list[str], path: Path) -> None:
     graph = graph_of(module, {name: example.shape[1:]}, outputs)
     with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch, "graph.onnx")
+        source, target = Path(scratch, "graph.onnx"), Path(scratch, "graph.mnn")
         onnx.save(graph, source)
-        command = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(path)]
-        done = subprocess.run([*command, "--bizCode", "skewless"], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-c", _CONVERT, "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(target)]
+        # In a folder of its own: the converter keeps weights in a file of a fixed name where it runs.
+        done = subprocess.run(
+            [*command, "--bizCode", "skewless"], cwd=scratch, capture_output=True, text=True, check=False
+        )
+        if target.is_file():
+            shutil.move(target, path)
     if done.returncode or not path.is_file():
         said = " ".join(
             line for line in (done.stdout + done.stderr).splitlines() if "support" in line or "rror" in line
