@@ -232,11 +232,11 @@ def test_archive_runs_without_torchserve(archives, tmp_path: Path, precision: st
     assert not (tmp_path / "weights.safetensors").exists()
 
 
-def test_eager_archive_needs_no_onnxruntime(demonstration: Demonstration, tmp_path: Path):
+def test_an_archive_of_another_runtime_needs_no_onnxruntime(demonstration: Demonstration, tmp_path: Path):
     answered = alone(demonstration.archive, tmp_path)
     assert answered["modules"] == []
     assert answered["described"]["precision"] == "fp32"
-    assert {tuple(named) for _, _, *named in answered["rows"]} == {("eager", "fp32", "exact")}
+    assert {tuple(named) for _, _, *named in answered["rows"]} == {("mnn", "fp32", "exact")}
 
 
 def test_archive_says_what_runs_it_and_how_well(archives):
@@ -244,7 +244,8 @@ def test_archive_says_what_runs_it_and_how_well(archives):
         with zipfile.ZipFile(path) as archive:
             runtime = json.loads(archive.read("metrics.json"))["runtime"]
             config = yaml.safe_load(archive.read("model.yaml"))
-        assert config["runtime"] == {"onnxruntime": {"precision": precision, "micro_batch": 32}}
+        absorb = ["replicate", "standardize"]
+        assert config["runtime"] == {"onnxruntime": {"precision": precision, "micro_batch": 32, "absorb": absorb}}
         assert set(runtime["library_versions"]) == {"python", "onnx", "onnxruntime", "onnxscript"}
         assert (
             References.from_archive(path).tolerance == runtime["tolerance"] == (1e-4 if precision == "fp32" else 0.02)

@@ -311,7 +311,7 @@ def test_archives_have_to_be_of_one_checkpoint(demonstration: Demonstration, upl
                 data = json.dumps(json.loads(data) | {"checkpoint_sha256": "0" * 64}).encode()
             changed.writestr(name, data)
     with pytest.raises(ValueError, match=r"cough-2\.0\.mar is not of the same checkpoint as .*cough-1\.0\.mar"):
-        serving.load_archives([demonstration.archive], other, tmp_path / "scratch", uploads[:1])
+        serving.load_archives([demonstration.archive, other], None, tmp_path / "scratch", uploads[:1])
     with pytest.raises(
         ValueError, match=r"two archives have one name and version: skewless cough-1.0, skewless cough-1.0"
     ):
