@@ -247,7 +247,7 @@ def test_completion_knows_commands_and_choices():
     assert found.stdout.split() == ["register", "retrain"]
     words = {"COMP_WORDS": "skewless build archive/cough --runtime o", "COMP_CWORD": "4"}
     found = called(_SKEWLESS_COMPLETE="complete_bash", **words)
-    assert found.stdout.split() == ["onnxruntime"]
+    assert found.stdout.split() == ["onnxruntime", "openvino"]
 
 
 @pytest.mark.parametrize(

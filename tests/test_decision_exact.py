@@ -174,7 +174,7 @@ class Fixed:
     def __init__(self, name: str, tier: str, probabilities: Sequence[float]):
         self.name, self.tier, self.precision = name, tier, {"exact": "fp32", "reduced": "int8"}[tier]
         self.tolerance, self.device, self.settings = 0.02, CPU, RuntimeSettings(micro_batch=4)
-        self.probabilities, self.asked = probabilities, []
+        self.probabilities, self.asked, self.rows_at_once = probabilities, [], 4
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         numbers = [int(rows[0, 0]) for rows in inputs]

@@ -20,6 +20,7 @@ from skewless.core import numerics
 from skewless.core.cores import available_cores, cpu_quota
 from skewless.core.definition import Definition
 from skewless.core.numerics import NumericPolicy
+from skewless.core.runtimes import RUNTIMES
 from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.runtimes.mnn import MnnRuntime
 from skewless.core.runtimes.onnx import OnnxRuntime
@@ -35,6 +36,12 @@ from skewless.tuning.worker import Setup, crew_of
 from tests.conftest import call_skewless
 from tests.recordings import one_thread  # noqa: F401
 from tests.tiny_model import TinyModel, make
+
+
+@pytest.fixture(autouse=True)
+def without_openvino(monkeypatch: pytest.MonkeyPatch):
+    """It may be installed or not."""
+    monkeypatch.delitem(RUNTIMES._names, "openvino")
 
 
 @pytest.fixture(scope="module")
