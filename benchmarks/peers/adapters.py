@@ -6,10 +6,8 @@ running interpreter has (torch, and what the pipeline needs) is found there as w
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -23,7 +21,7 @@ import requests
 
 from benchmarks.peers.eager import FOLDER
 from benchmarks.processes import stop_family
-from skewless.torchserve.launch import java_home
+from skewless.torchserve.launch import free_ports, java_home
 from skewless.torchserve.server import session
 
 HERE = Path(__file__).resolve().parent
@@ -252,16 +250,6 @@ def start(peer: Peer, archive: Path, work: Path, timeout: float = 180.0) -> Runn
 def versions(name: str) -> list[str]:
     """The packages that a peer's requirements pin."""
     return (HERE / f"{name}.txt").read_text(encoding="utf-8").split("\n")[:-1]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        # All open at once, or the same port could come up twice.
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _answers(connection: requests.Session, url: str) -> bool:

@@ -106,7 +106,7 @@ def with_ports(properties: Mapping[str, str], ports: Ports) -> dict[str, str]:
     if missing := [key for key in LISTENERS.values() if not re.search(r"(^|:)\d+$", properties.get(key, ""))]:
         raise UsageError(f"the configuration gives no port for {', '.join(missing)}; see config.properties")
     if ports == "free":
-        ports = dict(zip(LISTENERS, _free_ports(len(LISTENERS)), strict=True))
+        ports = dict(zip(LISTENERS, free_ports(len(LISTENERS)), strict=True))
     if unknown := set(ports or {}) - set(LISTENERS):
         raise UsageError(f"ports has {sorted(unknown)}; expected names from {list(LISTENERS)}")
     keys = {LISTENERS[name]: port for name, port in (ports or {}).items()}
@@ -123,7 +123,8 @@ def client_host(address: str) -> str:
     return re.sub(r"(^|//)(0\.0\.0\.0|\[::\])", r"\g<1>127.0.0.1", address)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on now."""
     with contextlib.ExitStack() as stack:
         # All open at once, or the same port could come up twice.
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

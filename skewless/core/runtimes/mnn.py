@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,15 +20,14 @@ import numpy as np
 import torch
 
 from skewless.core.networks import Network
-from skewless.core.networks.with_stages import WithStages
-from skewless.core.runtimes.runtime import DEFAULTS, Runtime, RuntimeSettings
-from skewless.core.stages import Stage
+from skewless.core.runtimes.graph import GraphRuntime
+from skewless.core.runtimes.runtime import DEFAULTS, RuntimeSettings
 
 _SIDE_BY_SIDE = 4
 ENCODER, HEAD = "encoder.mnn", "head.mnn"
 
 
-class MnnRuntime(Runtime):
+class MnnRuntime(GraphRuntime):
     """Two graphs: the rows' features, a few rows at a time, and the head over all of a recording's features.
 
     A recording's rows are cut into micro-batches by themselves, never beside another's: in MNN the last bits of a row depend
@@ -37,6 +36,7 @@ class MnnRuntime(Runtime):
     """
 
     name = "mnn"
+    title = "MNN"
     devices = ("cpu",)
     packages = ("MNN",)
     build_packages = ("onnx", "onnxscript")
@@ -59,40 +59,20 @@ class MnnRuntime(Runtime):
         return self.settings.micro_batch * self._side_by_side
 
     @classmethod
-    def write(
-        cls,
-        network: Network,
-        folder: Path,
-        settings: RuntimeSettings,
-        examples: Iterable[torch.Tensor],
-        absorbed: Sequence[Stage] = (),
+    def write_graphs(
+        cls, network: Network, folder: Path, settings: RuntimeSettings, rows: Iterator[torch.Tensor]
     ) -> list[Path]:
-        """encoder.mnn and head.mnn, which hold the network, its weights and the absorbed stages."""
-        try:
-            from skewless.core.runtimes.mnn_graph import write_graphs
-        except ImportError as error:
-            needed = ", ".join((*cls.packages, *cls.build_packages))
-            raise ValueError(f"graphs for MNN are written with {needed}: {error}; install them with pip") from error
-        rows = (example.float() for example in examples)
+        """encoder.mnn and head.mnn."""
+        from skewless.core.runtimes.mnn_graph import write_graphs
+
         encoder, head = folder / ENCODER, folder / HEAD
-        write_graphs(WithStages(network, absorbed) if absorbed else network, encoder, head, rows)
+        write_graphs(network, encoder, head, rows)
         return [encoder, head]
 
     @classmethod
-    def load(
-        cls,
-        archive_dir: Path,
-        network: Mapping[str, Any],
-        device: torch.device,
-        settings: RuntimeSettings,
-        absorbed: Sequence[Stage] = (),
-    ) -> MnnRuntime:
-        """The archive's graphs. Raises ValueError when MNN is not installed, or cannot open them."""
-        if device.type != "cpu":
-            raise ValueError(
-                f"runtime 'mnn' computes on the CPU, not on device '{device}'; for that choose runtime 'eager'"
-            )
-        return cls(archive_dir / ENCODER, archive_dir / HEAD, settings)
+    def open(cls, folder: Path, device: torch.device, settings: RuntimeSettings) -> MnnRuntime:
+        """The archive's two graphs. Raises ValueError when MNN is not installed, or cannot open them."""
+        return cls(folder / ENCODER, folder / HEAD, settings)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from skewless.core.networks import Network
-from skewless.core.networks.with_stages import WithStages
-from skewless.core.runtimes.runtime import DEFAULTS, Runtime, RuntimeSettings
-from skewless.core.stages import Stage
+from skewless.core.runtimes.graph import GraphRuntime
+from skewless.core.runtimes.runtime import DEFAULTS, RuntimeSettings
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -21,7 +20,7 @@ MODEL = "model.onnx"
 FEATURES, PRECEDING = "encoded_features", "preceding_features"
 
 
-class OnnxRuntime(Runtime):
+class OnnxRuntime(GraphRuntime):
     """Runs a graph for one recording, as onnx_graph.py writes it for any network.
 
     In: the network's input by its own name, `(S, ...)` float32, and the optional `preceding_features (T, F)`: features of
@@ -30,6 +29,7 @@ class OnnxRuntime(Runtime):
     """
 
     name = "onnxruntime"
+    title = "ONNX Runtime"
     devices = ("cpu", "cuda")
     precisions = ("fp32", "fp16", "int8")
     calibrated = ("int8",)
@@ -43,40 +43,19 @@ class OnnxRuntime(Runtime):
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @classmethod
-    def write(
-        cls,
-        network: Network,
-        folder: Path,
-        settings: RuntimeSettings,
-        examples: Iterable[torch.Tensor],
-        absorbed: Sequence[Stage] = (),
+    def write_graphs(
+        cls, network: Network, folder: Path, settings: RuntimeSettings, rows: Iterator[torch.Tensor]
     ) -> list[Path]:
-        """model.onnx, which holds the network, its weights and the absorbed stages, in the settings' precision."""
-        try:
-            from skewless.core.runtimes.onnx_graph import write_graph
-        except ImportError as error:
-            needed = ", ".join((*cls.packages, *cls.build_packages))
-            raise ValueError(
-                f"a graph for ONNX Runtime is written with {needed}: {error}; install them with pip"
-            ) from error
-        rows = (example.float() for example in examples)
-        write_graph(WithStages(network, absorbed) if absorbed else network, folder / MODEL, settings.precision, rows)
+        """model.onnx, in the settings' precision."""
+        from skewless.core.runtimes.onnx_graph import write_graph
+
+        write_graph(network, folder / MODEL, settings.precision, rows)
         return [folder / MODEL]
 
     @classmethod
-    def load(
-        cls,
-        archive_dir: Path,
-        network: Mapping[str, Any],
-        device: torch.device,
-        settings: RuntimeSettings,
-        absorbed: Sequence[Stage] = (),
-    ) -> OnnxRuntime:
-        """The archive's model.onnx, which holds the network and its weights.
-
-        Raises ValueError when onnxruntime is not installed or cannot use the device.
-        """
-        return cls(archive_dir / MODEL, device, settings)
+    def open(cls, folder: Path, device: torch.device, settings: RuntimeSettings) -> OnnxRuntime:
+        """The archive's model.onnx. Raises ValueError when onnxruntime is not installed or cannot use the device."""
+        return cls(folder / MODEL, device, settings)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU.

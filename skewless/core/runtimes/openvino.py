@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from skewless.core.networks import Network
-from skewless.core.networks.with_stages import WithStages
+from skewless.core.runtimes.graph import GraphRuntime
 from skewless.core.runtimes.onnx import FEATURES, MODEL, PRECEDING
-from skewless.core.runtimes.runtime import DEFAULTS, Runtime, RuntimeSettings
-from skewless.core.stages import Stage
+from skewless.core.runtimes.runtime import DEFAULTS, RuntimeSettings
 
 
-class OpenVinoRuntime(Runtime):
+class OpenVinoRuntime(GraphRuntime):
     """Runs the graph that onnx_graph.py writes, with `preceding_features` as an input that is always given.
 
     In int8 the convolutions that are not quantised, and the head, are computed in bfloat16 where the processor has it, else
@@ -25,6 +23,7 @@ class OpenVinoRuntime(Runtime):
     """
 
     name = "openvino"
+    title = "OpenVINO"
     devices = ("cpu",)
     precisions = ("fp32", "int8")
     calibrated = ("int8",)
@@ -49,49 +48,26 @@ class OpenVinoRuntime(Runtime):
         (self._input,) = inputs
 
     @classmethod
-    def write(
-        cls,
-        network: Network,
-        folder: Path,
-        settings: RuntimeSettings,
-        examples: Iterable[torch.Tensor],
-        absorbed: Sequence[Stage] = (),
+    def write_graphs(
+        cls, network: Network, folder: Path, settings: RuntimeSettings, rows: Iterator[torch.Tensor]
     ) -> list[Path]:
-        """model.onnx, which holds the network, its weights and the absorbed stages, in the settings' precision."""
-        try:
-            import openvino  # noqa: F401
+        """model.onnx, in the settings' precision."""
+        import openvino  # noqa: F401
 
-            from skewless.core.runtimes.onnx_graph import check_numbers, require_preceding, write_graph
-        except ImportError as error:
-            needed = ", ".join((*cls.packages, *cls.build_packages))
-            raise ValueError(
-                f"a graph for OpenVINO is written with {needed}: {error}; install them with pip"
-            ) from error
-        rows = (example.float() for example in examples)
-        first = list(islice(rows, 1))
-        whole, path = WithStages(network, absorbed) if absorbed else network, folder / MODEL
-        write_graph(whole, path, settings.precision, chain(first, rows))
+        from skewless.core.runtimes.onnx_graph import check_numbers, require_preceding, write_graph
+
+        first, path = list(islice(rows, 1)), folder / MODEL
+        write_graph(network, path, settings.precision, chain(first, rows))
         require_preceding(path)
         # A reduced precision gives other numbers; what it may differ by, the build measures.
         if settings.precision == "fp32":
-            check_numbers(cls(path, RuntimeSettings(micro_batch=2)), whole, *first)
+            check_numbers(cls(path, RuntimeSettings(micro_batch=2)), network, *first)
         return [path]
 
     @classmethod
-    def load(
-        cls,
-        archive_dir: Path,
-        network: Mapping[str, Any],
-        device: torch.device,
-        settings: RuntimeSettings,
-        absorbed: Sequence[Stage] = (),
-    ) -> OpenVinoRuntime:
-        """The archive's model.onnx. Raises ValueError when OpenVINO is not installed, or for another device than the CPU."""
-        if device.type != "cpu":
-            raise ValueError(
-                f"runtime 'openvino' computes on the CPU, not on device '{device}'; for that choose runtime 'eager'"
-            )
-        return cls(archive_dir / MODEL, settings)
+    def open(cls, folder: Path, device: torch.device, settings: RuntimeSettings) -> OpenVinoRuntime:
+        """The archive's model.onnx. Raises ValueError when OpenVINO is not installed."""
+        return cls(folder / MODEL, settings)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU.

@@ -76,8 +76,8 @@ class Runtime(ABC):
         """Write what `load` will need of a trained network into an archive's folder, and return the files' paths.
 
         absorbed: the stages that go before the network, those that `settings.absorb` names.
-        examples: what comes before them, or the pipeline's outputs, `(S_i, ...)` for some recordings, computed as they are asked for. The first gives
-            the shape of a row; a precision in `calibrated` takes its value ranges from all of them.
+        examples: for some recordings what those stages take, `(S_i, ...)`, computed as it is asked for. The first gives the
+            shape of a row; a precision in `calibrated` takes its value ranges from all of them.
         The same network and examples give the same bytes. Raises ValueError for a network that this runtime cannot execute.
         """
 
