@@ -46,10 +46,16 @@ def peak_bytes(pid: int) -> int:
 
 
 def pause(pid: int) -> None:
-    """Stop the family from running (SIGSTOP), the process itself first."""
-    for process in family(pid):
+    """Stop the family from running (SIGSTOP), the process itself first; return when none runs any more.
+
+    The system stops a process that is in the middle of a call a moment after the signal.
+    """
+    members = family(pid)
+    for process in members:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.suspend()
+    while any(_is_alive(process) and process.status() != psutil.STATUS_STOPPED for process in members):
+        time.sleep(0.001)
 
 
 def resume(pid: int) -> None:

@@ -36,7 +36,7 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
 from benchmarks.figures import GRPC, IN_PROCESS, REST, as_markdown, picture, summarize
-from benchmarks.load import Cell, Lane, Load, Scores, WrongAnswer, run_cell
+from benchmarks.load import Cell, Lane, Load, Scores, WrongAnswer, deviation, run_cell
 from benchmarks.peers.adapters import CORES, PEERS, Peer, PeerError, start, versions
 from benchmarks.processes import cpu_seconds, pause, peak_bytes, resume
 from benchmarks.uploads import KINDS, LONGEST_WHOLE, Upload, make_uploads
@@ -83,6 +83,29 @@ class Archive:
     @property
     def checkpoint(self) -> str:
         return self.service.metrics["checkpoint_sha256"]
+
+    @property
+    def tolerances(self) -> dict[str, float]:
+        """How far from the expected scores an answer of each tier may be: a decision-exact archive answers in two."""
+        runtimes = [self.service.runtime, *([self.service.cascade.fast] if self.service.cascade else [])]
+        return {runtime.tier: runtime.tolerance for runtime in runtimes}
+
+    def read(self, kind: str, answer: Answer) -> Scores:
+        """The scores of an answer to an upload of this kind. Raises WrongAnswer for one that is no prediction, is further
+        from the expected scores than its own tier allows, or decides otherwise than these."""
+        if answer.status != 200:
+            raise WrongAnswer(f"{kind}: {answer.status}: {answer.body.get('message')}")
+        scores, chosen = self.service.postprocessor.read(answer.body)
+        expected, tier = self.expected[kind], answer.body["tier"]
+        if tier not in self.tolerances:
+            raise WrongAnswer(f"{kind}: answered in tier {tier!r}, expected one of {', '.join(self.tolerances)}")
+        if not deviation(scores, expected) <= self.tolerances[tier]:
+            raise WrongAnswer(
+                f"{kind}: answered {list(scores)} in tier '{tier}', expected {list(expected)} within {self.tolerances[tier]:g}"
+            )
+        if chosen != self.service.postprocessor.choose(tuple(expected), answer.body["threshold_used"]):
+            raise WrongAnswer(f"{kind}: decided otherwise than {list(expected)} does: {list(scores)}")
+        return scores
 
 
 @dataclass
@@ -155,15 +178,9 @@ def start_archive(
     taken = time.monotonic() - begun
     client = stack.enter_context(Client(server))
     service = archive.service
-
-    def scores(answer: Answer) -> Scores:
-        if answer.status != 200:
-            raise WrongAnswer(f"{answer.status}: {answer.body.get('message')}")
-        return service.postprocessor.read(answer.body)[0]
-
     senders = {
-        REST: lambda upload: scores(client.predict_rest(row["name"], upload.payload)),
-        GRPC: lambda upload: scores(client.predict_grpc(row["name"], upload.payload)),
+        REST: lambda upload: archive.read(upload.kind, client.predict_rest(row["name"], upload.payload)),
+        GRPC: lambda upload: archive.read(upload.kind, client.predict_grpc(row["name"], upload.payload)),
     }
     lanes = [
         Lane(
@@ -172,7 +189,7 @@ def start_archive(
             send,
             archive.expected,
             reference,
-            service.runtime.tolerance,
+            max(archive.tolerances.values()),
             lambda: cpu_seconds(server.pid),
             lambda: peak_bytes(server.pid),
         )
@@ -181,7 +198,7 @@ def start_archive(
     config = yaml.safe_load((archive.folder / "model-config.yaml").read_text(encoding="utf-8"))
     settings = {
         "runtime": dict(service.definition.runtime),
-        "tier": service.runtime.tier,
+        "tier": service.tier,
         "threads": service.policy.threads or "PyTorch's choice",
         "torchserve": config,
         "workers": len(row["workers"]),
@@ -265,7 +282,9 @@ def start_all(
     Raises ServerError, LoadError or UsageError for an archive that cannot be served.
     """
     threads = torch.get_num_threads()
-    floors = {archive.name: archive for archive in [*archives, *([weights] if weights else [])]}
+    # Of a decision-exact archive, what runs depends on the recordings: it has no forward pass of its own.
+    candidates = [*archives, *([weights] if weights else [])]
+    floors = {archive.name: archive for archive in candidates if not archive.service.cascade}
     found = Servers([], {}, {}, {})
     for number, archive in enumerate(tqdm(archives, desc="start archives", unit="server")):
         reference = weights.expected if weights else archive.expected

@@ -11,6 +11,8 @@ import time
 import zipfile
 from dataclasses import replace
 from itertools import count
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import psutil
@@ -23,6 +25,9 @@ from benchmarks.peers import adapters
 from benchmarks.processes import cpu_seconds, family, pause, peak_bytes, resume, stop_family
 from benchmarks.uploads import KINDS, LONGEST_WHOLE, SHORT, Upload, make_uploads
 from skewless.core.pipeline import Pipeline
+from skewless.core.postprocess import build_postprocessor
+from skewless.core.service import ModelService
+from skewless.torchserve.client import Answer
 from tests.conftest import ROOT, Demonstration
 from tests.recordings import one_thread  # noqa: F401
 
@@ -168,6 +173,36 @@ def test_a_wrong_answer_makes_the_cell_fail(answer, said):
     assert done.failure is not None
     assert re.search(said, done.failure)
     assert next(numbers) == 6
+
+
+def archive_of_two_networks() -> serving.Archive:
+    """What `Archive.read` needs of a decision-exact archive: its tiers, its decision, and a score of 0.6 that is expected."""
+    exact, fast = SimpleNamespace(tier="exact", tolerance=1e-4), SimpleNamespace(tier="reduced", tolerance=0.02)
+    postprocessor = build_postprocessor(
+        {"bag_threshold": {"threshold": 0.5, "positive_field": "found", "classes": ["no", "yes"]}}, ROOT
+    )
+    service = SimpleNamespace(runtime=exact, cascade=SimpleNamespace(fast=fast), postprocessor=postprocessor)
+    return serving.Archive("a", ROOT, ROOT, cast(ModelService, service), {}, {SHORT: [0.6]})
+
+
+def answer_of(score: float, tier: str, threshold: float = 0.5, status: int = 200) -> Answer:
+    body = {"file_probability": score, "found": score > threshold, "threshold_used": threshold, "tier": tier}
+    return Answer(status, {**body, "message": "no"}, 0.1)
+
+
+def test_each_answer_is_held_to_its_own_tier():
+    archive = archive_of_two_networks()
+    assert archive.read(SHORT, answer_of(0.60005, "exact")) == pytest.approx((0.60005,))
+    assert archive.read(SHORT, answer_of(0.615, "reduced")) == pytest.approx((0.615,))
+    for answer, said in (
+        (answer_of(0.6002, "exact"), "in tier 'exact', expected .* within 0.0001"),
+        (answer_of(0.63, "reduced"), "in tier 'reduced', expected .* within 0.02"),
+        (answer_of(0.6, "guessed"), "answered in tier 'guessed', expected one of exact, reduced"),
+        (answer_of(0.615, "reduced", threshold=0.61), "decided otherwise"),
+        (answer_of(0.6, "exact", status=503), "503: no"),
+    ):
+        with pytest.raises(WrongAnswer, match=said):
+            archive.read(SHORT, answer)
 
 
 def test_what_processes_cost_and_that_they_end():
