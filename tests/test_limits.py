@@ -429,6 +429,7 @@ def test_a_file_that_is_being_read_when_the_time_ends_is_given_up(clock: Clock, 
     service = serving(Network(first_answer), Limits(max_batch_s=60), run)
     try:
         responses = service.predict([Request(b"quick"), Request(b"slow"), Request(b"later")])
+        assert ended == []  # answered while the thread was still at it
     finally:
         go_on.set()
     service._readers.shutdown()
