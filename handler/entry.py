@@ -55,7 +55,9 @@ class SkewlessHandler:
         }
         asked = [number for number in range(len(data)) if number not in responses]
         requests = [request_of(data[number], headers[number], self.service.limits) for number in asked]
-        answers = answer_files(requests, lambda files: self.postprocess(self.inference(self.preprocess(files))))
+        answers = answer_files(
+            requests, self.service.limits, lambda files: self.postprocess(self.inference(self.preprocess(files)))
+        )
         responses |= zip(asked, answers, strict=True)
         for number, response in responses.items():
             context.set_response_content_type(number, "application/json")

@@ -24,7 +24,7 @@ from skewless.core.cascade import Cascade, apart
 from skewless.core.definition import MODEL, Definition
 from skewless.core.errors import DefinitionError
 from skewless.core.postprocess import build_postprocessor
-from skewless.core.request import Request
+from skewless.core.request import Limits, Request
 from skewless.core.runtimes import RuntimeSettings
 from skewless.core.selftest import SelfTestError
 from skewless.core.service import METRICS, ModelService
@@ -195,7 +195,7 @@ def service() -> ModelService:
     definition = SimpleNamespace(
         postprocessor=postprocessor,
         prepared=prepared,
-        limits=SimpleNamespace(max_duration_s=1.0, max_pixels=1),
+        limits=Limits(),
         pipeline=SimpleNamespace(fingerprint="f"),
     )
     metrics = {"model_version": "1.0", "threshold": 0.5}

@@ -51,7 +51,7 @@ postprocess: {class_probabilities: {classes: [warm, cold, grey], threshold: 0.5}
 precision: {tf32: false, threads: 0}
 limits: {max_bytes: 1000000}
 """,
-    "model-config.yaml": "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 2\nmaxBatchDelay: 10\nresponseTimeout: 60\n",
+    "model-config.yaml": "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 2\nmaxBatchDelay: 10\nresponseTimeout: 120\n",
     "network.py": '''
 import torch
 from torch import nn

@@ -136,16 +136,18 @@ class Pipeline:
     def run(self, payload: bytes, *, whole: bool = False, **limits: Unpack[InputLimits]) -> Signal:
         """As calling the pipeline, with the metadata about the input beside the tensor. It runs `plan`.
 
-        limits: `max_duration_s` and `max_pixels`, as Payload has them.
+        limits: `max_duration_s`, `max_pixels` and the others, as Payload has them.
         whole: keep every decoded sample instead of only the head that can reach the output, and run the plain stages. The
         result is the same; memory then grows with the recording. It is what the fast path is tested against.
         """
         if whole:
             return deque(self.steps(payload, whole=True, **limits), maxlen=1).pop()[1]
-        signal = Signal(Payload(payload, self.head_s, **limits))
+        given = Payload(payload, self.head_s, **limits)
+        signal = Signal(given)
         with torch.no_grad():
             for step in self.plan:
                 signal = step(signal)
+                given.check()
         return signal
 
     def trace(self, payload: bytes, *, whole: bool = False) -> dict[str, torch.Tensor]:

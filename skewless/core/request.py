@@ -9,8 +9,11 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a budget holds the limits that are defined here
+    from skewless.core.budget import Budget
 
 # The field that carries the one file: `body` is a raw request body, the others are form fields, gRPC inputs, JSON keys.
 PAYLOAD_FIELDS = ("body", "data", "audio", "image", "file")
@@ -44,10 +47,15 @@ class NoFileError(RequestError):
 
 @dataclass(frozen=True)
 class Request:
-    """One file to score. threshold: the caller's own, in [0, 1], or None for the archive's."""
+    """One file to score.
+
+    threshold: the caller's own, in [0, 1], or None for the archive's.
+    budget: what the request that the file came in may take; None for one that nobody waits for beside others.
+    """
 
     payload: bytes
     threshold: float | None = None
+    budget: Budget | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,18 +71,36 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for: the size of a file in bytes, the duration of a recording in seconds, the size of an
-    image in pixels, and the number of files."""
+    """What a request may ask for.
+
+    max_bytes: of one file. max_files: in one request. max_pixels: of one picture.
+    max_duration_s: of one recording, and of all recordings of one request together.
+    min_rate_hz, max_rate_hz: sampling rates in Hz. max_channels: of a recording.
+    max_samples: what is kept of one recording in memory, all channels counted, at 4 bytes each.
+    max_read_s: of processor time, to read all files of one request and compute the network's input.
+    max_batch_s: of time, for all requests that a server answers together; files that the network has not been given by then
+        are refused with 503. TorchServe kills a worker that takes longer than responseTimeout, with all its requests.
+    """
 
     max_bytes: int = 50_000_000
-    max_duration_s: float = 4 * 3600.0
+    max_duration_s: float = 3600.0
+    min_rate_hz: int = 1000
+    max_rate_hz: int = 384_000
+    max_channels: int = 8
+    max_samples: int = 64_000_000
     max_pixels: int = 50_000_000
     max_files: int = 64
+    max_read_s: float = 10.0
+    max_batch_s: float = 60.0
 
     def __post_init__(self):
         for name, value in vars(self).items():
             if type(value) not in (int, float) or not value > 0:
                 raise ValueError(f"limit {name} is {value!r}, expected a positive number")
+        if self.min_rate_hz > self.max_rate_hz:
+            raise ValueError(
+                f"limit min_rate_hz is {self.min_rate_hz}, expected at most max_rate_hz, {self.max_rate_hz}"
+            )
 
 
 def parse_request(fields: Mapping[str, Any], headers: Mapping[str, str], limits: Limits) -> Request | BatchRequest:

@@ -10,10 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from threading import TIMEOUT_MAX
+from typing import Any, Unpack
 
 import torch
 
+from skewless.core.budget import Budget
 from skewless.core.cascade import DECISION_EXACT, Cascade, Given
 from skewless.core.definition import Definition
 from skewless.core.numerics import NumericPolicy, reader_threads
@@ -137,28 +139,42 @@ class ModelService:
 
     @property
     def input_limits(self) -> InputLimits:
-        """What one input may be at most, as `Pipeline.run` takes it."""
-        return {"max_duration_s": self.limits.max_duration_s, "max_pixels": self.limits.max_pixels}
+        """What one input may be, as `Pipeline.run` takes it."""
+        limits = self.limits
+        return {
+            "min_rate_hz": limits.min_rate_hz,
+            "max_rate_hz": limits.max_rate_hz,
+            "max_channels": limits.max_channels,
+            "max_samples": limits.max_samples,
+            "max_duration_s": limits.max_duration_s,
+            "max_pixels": limits.max_pixels,
+        }
 
     def predict(self, requests: Sequence[Request | BatchRequest | RequestError]) -> list[Response]:
         """One response per request, in order. A file that cannot be read is answered alone and never fails another,
         whether it came in a request of its own or among others in one."""
-        return answer_files(requests, lambda files: self.answer(self.infer(self.prepare(files))))
+        return answer_files(requests, self.limits, lambda files: self.answer(self.infer(self.prepare(files))))
 
     def prepare(self, requests: Sequence[Request | RequestError]) -> Iterator[Prepared | RequestError]:
         """Read every file through the pipeline; a file's error takes its place.
 
         Each is read by one of the readers' threads, several at once and a few ahead of whoever takes them: while the network
         works on one, the next are decoded.
+
+        A file that its request's budget has nothing left for is refused: one for which there is no processor time or no time
+        left is not read, and one that is too long after those before it goes no further than here.
         """
-        reading: deque[Future[Prepared | RequestError]] = deque()
+        reading: deque[tuple[Budget, Future[Prepared | RequestError]]] = deque()
         for request in requests:
-            reading.append(self._readers.submit(self._prepare, request))
+            # A file that came in no batch has all limits to itself.
+            given = request.budget if isinstance(request, Request) else None
+            budget = given or Budget(self.limits)
+            reading.append((budget, self._readers.submit(self._prepare, request, budget)))
             # What the network takes of a file can be a thousand times larger than the file: only a few wait.
             if len(reading) > torch.get_num_threads():
-                yield reading.popleft().result()
+                yield _prepared(*reading.popleft())
         while reading:
-            yield reading.popleft().result()
+            yield _prepared(*reading.popleft())
 
     def infer(self, prepared: Iterable[Prepared | RequestError]) -> Iterator[Inferred | RequestError]:
         """Run the network on all that could be prepared, as soon as there are enough rows for it; errors pass through."""
@@ -168,9 +184,9 @@ class ModelService:
             waiting.append(each)
             rows += len(each.signal.data) if isinstance(each, Prepared) else 0
             if rows >= self.runtime.rows_at_once:
-                yield from self._infer(waiting)
+                yield from self._infer([_in_time(file) for file in waiting])
                 waiting, rows = [], 0
-        yield from self._infer(waiting)
+        yield from self._infer([_in_time(file) for file in waiting])
 
     def answer(self, inferred: Iterable[Inferred | RequestError]) -> Iterator[Response]:
         """Turn outputs into responses, each at its request's threshold or else the archive's."""
@@ -206,14 +222,20 @@ class ModelService:
     def _readers(self) -> ThreadPoolExecutor:
         return reader_threads(torch.get_num_threads())
 
-    def _read(self, payload: bytes) -> Signal:
-        return self.definition.prepared.run(payload, **self.input_limits)
+    def _read(self, payload: bytes, **more: Unpack[InputLimits]) -> Signal:
+        limits: InputLimits = {**self.input_limits, **more}
+        return self.definition.prepared.run(payload, **limits)
 
-    def _prepare(self, request: Request | RequestError) -> Prepared | RequestError:
+    def _prepare(self, request: Request | RequestError, budget: Budget) -> Prepared | RequestError:
         if isinstance(request, RequestError):
             return request
+        check = budget.reading()
         try:
-            return Prepared(request, self._read(request.payload))
+            # Before anything is read: there may be nothing left for it.
+            check()
+            return Prepared(request, self._read(request.payload, check=check))
+        except RequestError as error:
+            return error
         except InputError as error:
             return RequestError(_STATUS[error.kind], str(error))
         except Exception:
@@ -264,27 +286,60 @@ def _described(runtime: Runtime) -> dict[str, Any]:
     return {key: getattr(runtime, key) for key in ("name", "precision", "tier", "tolerance")}
 
 
+def _prepared(budget: Budget, reading: Future[Prepared | RequestError]) -> Prepared | RequestError:
+    """What came of reading a file, if its request may have so long a recording; waited for while its batch has time."""
+    while True:
+        try:
+            found = reading.result(min(budget.left_s, TIMEOUT_MAX))
+            break
+        except TimeoutError:
+            if late := budget.late():
+                reading.cancel()
+                return late
+    duration_s = found.signal.metadata.get("duration_s") if isinstance(found, Prepared) else None
+    too_long = None if duration_s is None else budget.add(duration_s)
+    return too_long or found
+
+
+def _in_time(file: Prepared | RequestError) -> Prepared | RequestError:
+    """The file, or its refusal where the batch has no time left to run the network on it."""
+    if isinstance(file, RequestError) or file.request.budget is None:
+        return file
+    return file.request.budget.late() or file
+
+
 def answer_files(
     requests: Sequence[Request | BatchRequest | RequestError],
+    limits: Limits,
     answer: Callable[[Sequence[Request | RequestError]], Iterator[Response]],
 ) -> list[Response]:
-    """One response per request: `answer` gives one per file, and those of one request are put together again."""
-    answers = answer([file for request in requests for file in _files(request)])
-    return [_together(request, answers) for request in requests]
+    """One response per request: `answer` gives one per file, and those of one request are put together again.
+
+    The files are answered in turn, the first of every request before the second of any: one file does not wait for another
+    request's sixty-four, and where the batch's time runs out, it is theirs that are left.
+    """
+    budgets = Budget.of_batch(limits, len(requests))
+    files = [_files(request, budget) for request, budget in zip(requests, budgets, strict=True)]
+    turns = sorted((turn, number) for number, own in enumerate(files) for turn in range(len(own)))
+    answers = dict(zip(turns, answer([files[number][turn] for turn, number in turns]), strict=True))
+    return [
+        _together(request, [answers[turn, number] for turn in range(len(files[number]))])
+        for number, request in enumerate(requests)
+    ]
 
 
-def _files(request: Request | BatchRequest | RequestError) -> list[Request | RequestError]:
+def _files(request: Request | BatchRequest | RequestError, budget: Budget) -> list[Request | RequestError]:
+    if isinstance(request, BatchRequest):
+        files = request.files.values()
+        return [file if isinstance(file, RequestError) else Request(file, request.threshold, budget) for file in files]
+    return [request if isinstance(request, RequestError) else replace(request, budget=budget)]
+
+
+def _together(request: Request | BatchRequest | RequestError, answers: Sequence[Response]) -> Response:
+    """The one answer, or, for a request with several files, each file's own under its name and a count of failures."""
     if not isinstance(request, BatchRequest):
-        return [request]
-    files = request.files.values()
-    return [file if isinstance(file, RequestError) else Request(file, request.threshold) for file in files]
-
-
-def _together(request: Request | BatchRequest | RequestError, answers: Iterator[Response]) -> Response:
-    """The next answer, or, for a request with several files, each file's own under its name and a count of failures."""
-    if not isinstance(request, BatchRequest):
-        return next(answers)
-    named = {name: next(answers) for name in request.files}
+        return answers[0]
+    named = dict(zip(request.files, answers, strict=True))
     failed = sum(answer.status != 200 for answer in named.values())
     results = {name: answer.body for name, answer in named.items()}
     return Response(200, {"results": results, "succeeded": len(named) - failed, "failed": failed})

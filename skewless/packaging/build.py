@@ -23,7 +23,7 @@ from skewless import __version__, resources
 from skewless.core.cascade import DECISION_EXACT
 from skewless.core.definition import FAST, MODEL, PIPELINE, REQUIREMENTS, Definition
 from skewless.core.files import atomic
-from skewless.core.request import Request
+from skewless.core.request import Limits, Request
 from skewless.core.selftest import SelfTestError, record
 from skewless.core.selftest.record import ENTRIES, REFERENCES
 from skewless.core.service import METRICS, ModelService
@@ -40,6 +40,8 @@ VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
 
 TORCHSERVE = "model-config.yaml"
 TUNING = "tuning.json"  # what `skewless tune` measured
+# Seconds that TorchServe waits for a batch where model-config.yaml does not say: config.properties.
+DEFAULT_RESPONSE_TIMEOUT = 60
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,18 @@ def build_archive(
     Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
     another pipeline, weights that do not fit, an evaluation of another checkpoint or one that did not reproduce its training,
     references that are not reproduced within the tier's tolerance or that barely vary, a reduced precision whose AUC is
-    another, a fast network that is further from the exact one than its margin, or a different archive already there (unless `force`).
+    another, a fast network that is further from the exact one than its margin, limits that let a batch take longer than
+    TorchServe waits, or a different archive already there (unless `force`).
     """
     if not VERSION.fullmatch(version):
         raise BuildError(f"version is {version!r}, expected digits and letters joined by dots, such as 1.0")
     for path in (archive / PIPELINE, archive / MODEL, archive / TORCHSERVE, evaluation / METRICS):
         if not path.is_file():
             raise BuildError(f"there is no {path}")
+    definition = Definition.read(archive)
+    check_times(archive / TORCHSERVE, definition.limits)
     checkpoint = load_checkpoint(checkpoint_path)
-    definition = trained(Definition.read(archive), checkpoint)
+    definition = trained(definition, checkpoint)
     name, pipeline = definition.name, definition.pipeline
     _check_servable(definition)
     execution = execution or Execution.of(definition.runtime)
@@ -140,6 +145,36 @@ def build_archive(
         with atomic(target) as unfinished:
             shutil.move(packed, unfinished)
     return Built(target, tuple(warnings))
+
+
+def check_times(config: Path, limits: Limits) -> None:
+    """Raise BuildError where the requests of one batch may take longer than TorchServe waits for its answer.
+
+    It kills a worker that takes longer than `responseTimeout`, and with it every request of the batch, whoever sent it. Half
+    of that is left for what cannot be interrupted: the network, on the files that it has been given.
+    """
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise BuildError(f"{config} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise BuildError(f"{config} is {settings!r:.60}, expected keys and values")
+    found = {"batchSize": 1, "responseTimeout": DEFAULT_RESPONSE_TIMEOUT} | settings
+    for key in ("batchSize", "responseTimeout"):
+        if type(found[key]) is not int or found[key] < 1:
+            raise BuildError(f"{config}: {key} is {found[key]!r}, expected a whole number from 1")
+    size, timeout = found["batchSize"], found["responseTimeout"]
+    if size * limits.max_read_s > timeout / 2:
+        raise BuildError(
+            f"batchSize {size} x max_read_s {limits.max_read_s:g} s is {size * limits.max_read_s:g} s, which the requests of one "
+            f"batch may take to be read, and more than half of responseTimeout {timeout} s, after which TorchServe kills the "
+            f"worker with all of them: lower batchSize or raise responseTimeout in {config}, or lower max_read_s in {MODEL}"
+        )
+    if limits.max_batch_s > timeout / 2:
+        raise BuildError(
+            f"max_batch_s is {limits.max_batch_s:g} s, more than half of responseTimeout {timeout} s, after which TorchServe "
+            f"kills the worker with all requests of a batch: raise responseTimeout in {config}, or lower max_batch_s in {MODEL}"
+        )
 
 
 def evaluated(evaluation: Path, checkpoint_path: Path) -> dict[str, Any]:

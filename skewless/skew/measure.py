@@ -161,7 +161,7 @@ class Comparator:
         postprocessor: Postprocessor,
         **limits: Unpack[InputLimits],
     ):
-        """limits: `max_duration_s` and `max_pixels`, as Payload has them."""
+        """limits: `max_duration_s`, `max_pixels` and the others, as Payload has them."""
         self.alignment = align(reference, candidate)
         self.reference, self.candidate = reference, candidate
         self._runtime, self._postprocessor, self._limits = runtime, postprocessor, limits

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +22,8 @@ import torch
 from skewless.core.stages.stage import InputError, Payload, Signal, Stage, Tolerance
 
 FORMATS = "WAV, FLAC, Ogg, MP3, AIFF, M4A/AAC or WebM"
-BLOCK_FRAMES = 65536
+# Decoded at once, all channels counted: 0.5 MB.
+BLOCK_SAMPLES = 131072
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Decode(Stage, name="decode"):
     (per channel, at the signal's rate), `duration_s`, `complete` (False when only a head was kept).
 
     Raises InputError: "unsupported" for bytes that are no audio format read here; "malformed" for an empty,
-    truncated, damaged or non-finite recording; "too_large" for one longer than `Payload.max_duration_s`.
+    truncated, damaged or non-finite recording, and for a sampling rate below `Payload.min_rate_hz`; "too_large" for one
+    above `max_rate_hz`, for more than `max_channels` (both by the file's header, before memory is taken for samples), more
+    than `max_samples` to keep, or more than `max_duration_s`.
     """
 
     reads: ClassVar[str] = "audio"
@@ -57,16 +60,19 @@ class Decode(Stage, name="decode"):
             reader = _read_sndfile
         else:
             from skewless.core.stages.decode_ffmpeg import read_ffmpeg as reader
-        head: list[np.ndarray] = []
-        kept = count = 0
+        head = Samples()
+        count = 0
         peak, rate = 0.0, 0
-        for rate, block in reader(payload.data, container):
+        for rate, block in reader(payload, container):
             limit = payload.head_s(rate)
-            keep = block.shape[1] if math.isinf(limit) else max(0, math.ceil(limit * rate) - kept)
-            if keep:
-                # A copy of a part: a view, however small, would keep its whole block in memory.
-                head.append(block if keep >= block.shape[1] else block[:, :keep].copy())
-                kept += head[-1].shape[1]
+            keep = block.shape[1] if math.isinf(limit) else max(0, math.ceil(limit * rate) - head.length)
+            if (head.length + min(keep, block.shape[1])) * len(block) > payload.max_samples:
+                raise InputError(
+                    f"the recording has more than {payload.max_samples:,} samples to keep in memory, all {len(block)} channels "
+                    f"counted; send a shorter excerpt, fewer channels or a lower rate than {rate:,} Hz",
+                    "too_large",
+                )
+            head.append(block[:, :keep])
             count += block.shape[1]
             if block.size:
                 # A NaN or an infinity anywhere makes the maximum non-finite.
@@ -79,25 +85,58 @@ class Decode(Stage, name="decode"):
                     "send a shorter excerpt",
                     "too_large",
                 )
+            payload.check()
         if count == 0:
             raise InputError(f"the {container} data contains no audio samples; record or export it again")
-        waveform = torch.from_numpy(join_blocks(head))
         return signal.of(
-            waveform,
+            torch.from_numpy(head.joined()),
             rate=rate,
             peak=peak,
             num_samples=count,
             duration_s=count / rate,
-            complete=kept == count,
+            complete=head.length == count,
         )
 
 
-def join_blocks(blocks: Sequence[Sequence[np.ndarray]] | Sequence[np.ndarray]) -> np.ndarray:
-    """Blocks of a row for each channel, one after the other: `(channels, samples)` float32."""
-    joined = np.empty((len(blocks[0]), sum(len(block[0]) for block in blocks)), dtype=np.float32)
-    for channel, row in enumerate(joined):
-        np.concatenate([block[channel] for block in blocks], out=row)
-    return joined
+class Samples:
+    """A recording's samples as they are decoded, in one array that grows where it is: blocks that are joined at the end take
+    the memory twice.
+
+    length: samples per channel so far.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._rows, self._room = 0, 0
+        self._flat = np.empty(0, dtype=np.float32)
+
+    def append(self, block: np.ndarray) -> None:
+        """Add `(channels, samples)`, of as many channels as the blocks before."""
+        self._rows = len(block)
+        end = self.length + block.shape[1]
+        if end > self._room:
+            # A quarter more than there was, so that a long recording is not moved at every block.
+            self._lay_out(max(end, self._room * 5 // 4))
+        self._flat.reshape(self._rows, self._room)[:, self.length : end] = block
+        self.length = end
+
+    def joined(self) -> np.ndarray:
+        """All of them: `(channels, samples)` float32. Nothing can be added any more."""
+        self._lay_out(self.length)
+        return self._flat.reshape(self._rows, self.length)
+
+    def _lay_out(self, room: int) -> None:
+        """Give every channel's row room for so many samples, and move the rows to where they then begin."""
+        rows = range(1, self._rows)
+        if room > self._room:
+            self._flat.resize(self._rows * room, refcheck=False)
+            rows = rows[::-1]
+        for row in rows:
+            old, new = row * self._room, row * room
+            self._flat[new : new + self.length] = self._flat[old : old + self.length]
+        if room < self._room:
+            self._flat.resize(self._rows * room, refcheck=False)
+        self._room = room
 
 
 def damaged(container: str, error: Exception) -> InputError:
@@ -133,24 +172,27 @@ def identify(data: bytes) -> str:
     raise InputError(f"not a known audio format (it starts with {shown}); send {FORMATS}", "unsupported")
 
 
-def _read_sndfile(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
+def _read_sndfile(payload: Payload, container: str) -> Iterator[tuple[int, np.ndarray]]:
     """Blocks of `(rate, float32 (channels, frames))` by libsndfile; raises InputError."""
+    data = payload.data
     if container in ("WAV", "AIFF"):
         _check_riff_complete(data, container)
     if container == "Ogg":
         check_ogg_complete(data)
     try:
-        yield from _blocks(data, container)
+        yield from _blocks(payload, container)
     except soundfile.LibsndfileError as error:
         raise damaged(container, error) from error
 
 
-def _blocks(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
+def _blocks(payload: Payload, container: str) -> Iterator[tuple[int, np.ndarray]]:
+    with soundfile.SoundFile(io.BytesIO(payload.data)) as file:
+        payload.admit(file.samplerate, file.channels)
         # Whole levels of 16 bits are read as they are: libsndfile takes longer to make the same floats of them.
         dtype, scale = ("int16", np.float32(2**-15)) if file.subtype == "PCM_16" else ("float32", np.float32(1))
+        frames = max(1, BLOCK_SAMPLES // file.channels)
         read = 0
-        while len(block := file.read(BLOCK_FRAMES, dtype=dtype, always_2d=True)):
+        while len(block := file.read(frames, dtype=dtype, always_2d=True)):
             read += len(block)
             yield file.samplerate, np.multiply(block.T, scale, order="C")
         if read < file.frames:

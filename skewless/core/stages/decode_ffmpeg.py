@@ -11,25 +11,28 @@ from typing import cast
 import av
 import numpy as np
 
-from skewless.core.stages.decode import BLOCK_FRAMES, check_ogg_complete, damaged, join_blocks
-from skewless.core.stages.stage import InputError
+from skewless.core.stages.decode import BLOCK_SAMPLES, check_ogg_complete, damaged
+from skewless.core.stages.stage import InputError, Payload
 
 _MP3_TABLE_WITHIN = 4096  # bytes; behind the ID3 tag, which is short in files that programs write
+# Per channel, in one frame. Codecs have up to 65,536; the header of an ALAC file may promise a thousand times that.
+_LARGEST_FRAME = 2**20
 
 # Named, because FFmpeg would try every demuxer on bytes that only look like their container, those for playlists and
 # network streams among them.
 _DEMUXERS = {"FLAC": "flac", "MP3": "mp3", "Opus": "ogg", "MP4": "mov", "WebM": "matroska", "AAC": "aac"}
 
 
-def read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
+def read_ffmpeg(payload: Payload, container: str) -> Iterator[tuple[int, np.ndarray]]:
     """Blocks of `(rate, float32 (channels, frames))` by FFmpeg's demuxers and decoders; raises InputError."""
     try:
-        yield from _read(data, container)
+        yield from _read(payload, container)
     except av.FFmpegError as error:
         raise damaged(container, error) from error
 
 
-def _read(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
+def _read(payload: Payload, container: str) -> Iterator[tuple[int, np.ndarray]]:
+    data = payload.data
     if container == "Opus":
         check_ogg_complete(data)
     with av.open(io.BytesIO(data), "r", format=_DEMUXERS[container], metadata_errors="replace") as file:
@@ -37,6 +40,8 @@ def _read(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
             raise InputError(f"the {container} data has no audio track that can be read; send a file with one")
         stream = file.streams.audio[0]
         rate, channels = stream.rate, stream.channels
+        payload.admit(rate, channels)
+        stream.codec_context.options = {"max_samples": str(_LARGEST_FRAME)}
         # Converts the sample type only: interleaved float32, full scale 1.0.
         to_float = av.AudioResampler(format="flt")
         timed: tuple[av.AudioFrame, int, int] | None = None
@@ -57,11 +62,11 @@ def _read(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
             if frame.pts is not None:
                 timed = frame, frame.pts, length
             # Codecs give some thousand samples at a time: too few to look at one by one.
-            if samples >= BLOCK_FRAMES:
-                yield rate, join_blocks(parts)
+            if samples * channels >= BLOCK_SAMPLES:
+                yield rate, _joined(parts)
                 parts, samples = [], 0
         if parts:
-            yield rate, join_blocks(parts)
+            yield rate, _joined(parts)
         end = 0.0
         if timed:
             last, pts, length = timed
@@ -70,6 +75,14 @@ def _read(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]:
         # WebM may count the codec's padding; the others round to milliseconds, and a lost frame is ten of them.
         if stated is not None and end < stated - (0.1 if container == "WebM" else 0.002):
             raise InputError(f"the {container} data is truncated: {end:.2f} of {stated:.2f} s; send the whole file")
+
+
+def _joined(parts: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Parts of a row for each channel, one after the other: `(channels, samples)` float32."""
+    joined = np.empty((len(parts[0]), sum(len(part[0]) for part in parts)), dtype=np.float32)
+    for channel, row in enumerate(joined):
+        np.concatenate([part[channel] for part in parts], out=row)
+    return joined
 
 
 def _samples(frame: av.AudioFrame, channels: int, to_float: av.AudioResampler) -> list[Sequence[np.ndarray]]:

@@ -30,10 +30,19 @@ class InputError(ValueError):
 
 
 class InputLimits(TypedDict, total=False):
-    """What one input may be at most, as Payload has it; what is left out has no limit."""
+    """What one input may be, as Payload has it; what is left out has no limit."""
 
+    min_rate_hz: float
+    max_rate_hz: float
+    max_channels: float
+    max_samples: float
     max_duration_s: float
     max_pixels: float
+    check: Callable[[], None]
+
+
+def _no_check() -> None:
+    """Nothing to hold against anything: no server waits for the input."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,40 @@ class Payload:
 
     `head_s(rate)` is how many seconds from the start can reach the pipeline's output, for audio recorded at
     `rate` Hz (`math.inf`: all of it). A decoder need not keep more than that in memory.
+    min_rate_hz, max_rate_hz, max_channels: the sampling rates in Hz and the channels that a decoder may accept.
+    max_samples: of all channels together, what a decoder may keep in memory, 4 bytes each.
     max_duration_s, max_pixels: the longest recording and the largest image that a decoder may accept.
+    check: called between blocks of a recording and between stages; raises where there is no time left to go on.
     """
 
     data: bytes
     head_s: Callable[[int], float] = lambda rate: math.inf
+    min_rate_hz: float = 0
+    max_rate_hz: float = math.inf
+    max_channels: float = math.inf
+    max_samples: float = math.inf
     max_duration_s: float = math.inf
     max_pixels: float = math.inf
+    check: Callable[[], None] = _no_check
+
+    def admit(self, rate: int, channels: int) -> None:
+        """Raise InputError for a sampling rate in Hz or a number of channels that is not accepted.
+
+        A decoder asks with what the header says of the recording, before it takes memory for any of it: the rate decides
+        how many samples a window of so many seconds has.
+        """
+        if not self.min_rate_hz <= rate <= self.max_rate_hz:
+            raise InputError(
+                f"the sampling rate is {rate:,} Hz, {self.min_rate_hz:,} to {self.max_rate_hz:,} Hz are accepted; convert the "
+                "recording to a usual rate, such as 16000, 44100 or 48000 Hz",
+                "malformed" if rate < self.min_rate_hz else "too_large",
+            )
+        if channels > self.max_channels:
+            raise InputError(
+                f"the recording has {channels:,} channels, at most {self.max_channels:,} are accepted; send fewer of them, or mix "
+                "them to one",
+                "too_large",
+            )
 
 
 @dataclass(frozen=True)
