@@ -23,6 +23,9 @@ from skewless.core.stages.stage import InputError, Payload, Signal, Stage, Toler
 
 FORMATS = "WAV, FLAC, Ogg, MP3, AIFF, M4A/AAC or WebM"
 BLOCK_FRAMES = 65536
+# No integer format has larger levels, and files of floats put full scale at 1.0. The power of larger ones is more than float32
+# holds, if not here then behind some stage.
+LARGEST_LEVEL = 2.0**31
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Decode(Stage, name="decode"):
     (per channel, at the signal's rate), `duration_s`, `complete` (False when only a head was kept).
 
     Raises InputError: "unsupported" for bytes that are no audio format read here; "malformed" for an empty,
-    truncated, damaged or non-finite recording; "too_large" for one longer than `Payload.max_duration_s`.
+    truncated, damaged or non-finite recording, and for one with a sample above LARGEST_LEVEL; "too_large" for one longer than
+    `Payload.max_duration_s`.
     """
 
     reads: ClassVar[str] = "audio"
@@ -73,6 +77,11 @@ class Decode(Stage, name="decode"):
                 peak = float(np.max([peak, block.max(), -block.min()]))
             if not math.isfinite(peak):
                 raise InputError("the audio contains NaN or infinite samples; export it again as PCM")
+            if peak > LARGEST_LEVEL:
+                raise InputError(
+                    f"a sample is {peak:.3g} times full scale, at most {LARGEST_LEVEL:.3g} times is read; export the recording "
+                    "with samples between -1 and 1"
+                )
             if count > payload.max_duration_s * rate:
                 raise InputError(
                     f"the recording is longer than {payload.max_duration_s:g} s, the longest accepted; "

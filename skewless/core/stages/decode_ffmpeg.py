@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ def read_ffmpeg(data: bytes, container: str) -> Iterator[tuple[int, np.ndarray]]
     try:
         yield from _read(data, container)
     except av.FFmpegError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error
         raise damaged(container, error) from error
 
 
