@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.uploads import Upload
+from skewless.core.cascade import apart
 
 Scores = Sequence[float]
 
@@ -80,10 +81,10 @@ class Cell:
 
 
 def deviation(scores: Scores, expected: Scores) -> float:
-    """The largest difference of a score. Raises WrongAnswer when there are not as many."""
+    """The largest difference of a score, infinite where one is not a number. Raises WrongAnswer when there are not as many."""
     if len(scores) != len(expected):
         raise WrongAnswer(f"answered {len(scores)} scores, expected {len(expected)}")
-    return max(abs(a - b) for a, b in zip(scores, expected, strict=True))
+    return apart(scores, expected)
 
 
 def check(lane: Lane, upload: Upload, scores: Scores) -> float:

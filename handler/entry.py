@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from handler.forms import is_describe, request_of
 from skewless.core import load_error
+
+_log = logging.getLogger(__name__)
 
 
 class SkewlessHandler:
@@ -59,7 +62,22 @@ class SkewlessHandler:
             requests, self.service.limits, lambda files: self.postprocess(self.inference(self.preprocess(files)))
         )
         responses |= zip(asked, answers, strict=True)
-        for number, response in responses.items():
-            context.set_response_content_type(number, "application/json")
-            context.set_response_status(response.status, "" if response.status == 200 else "Refused", number)
-        return [json.dumps(responses[number].body, allow_nan=False).encode() for number in range(len(data))]
+        return [_written(context, number, responses[number]) for number in range(len(data))]
+
+
+def _written(context: Any, number: int, response: Any) -> bytes:
+    """One response as JSON, with its status set. A body that JSON cannot hold is that response's own error."""
+    from skewless.core.request import RequestError
+    from skewless.core.service import Response
+
+    try:
+        body = json.dumps(response.body, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        _log.exception("a response cannot be written as JSON")
+        response = Response.of_error(
+            RequestError(500, "this answer could not be written; the server's log has the reason")
+        )
+        body = json.dumps(response.body)
+    context.set_response_content_type(number, "application/json")
+    context.set_response_status(response.status, "" if response.status == 200 else "Refused", number)
+    return body.encode()

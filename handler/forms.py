@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from skewless.core.request import BatchRequest, Limits, NoFileError, Request, RequestError, parse_request
+
+_log = logging.getLogger(__name__)
 
 # A form spends less than this on a field beside its value: boundary, names, content type.
 _PART_OVERHEAD = 4096
@@ -31,6 +34,10 @@ def request_of(
         return RequestError(error.status, _NO_FILE + error.received)
     except RequestError as error:
         return error
+    except Exception:
+        # A fault of ours, which must not take the rest of the batch with it.
+        _log.exception("a request could not be read")
+        return RequestError(500, "this request could not be read; the server's log has the reason")
 
 
 _NO_FILE = (

@@ -72,7 +72,7 @@ UNUSUAL = {
     "silence": lambda x: 0 * x,
     "clipped": lambda x: np.clip(5 * x, -1, 1),
     "tiny": lambda x: 1e-30 * x,
-    "huge": lambda x: 1e30 * x,
+    "huge": lambda x: 2.0**31 * x,
     "one click": lambda x: np.where(np.arange(x.shape[1]) == 50000, x, 0),
     "silence at first": lambda x: np.where(np.arange(x.shape[1]) > 100000, x, 0),
 }

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from skewless.core.errors import DefinitionError
 from skewless.core.request import Request, RequestError
 from skewless.core.runtimes import RuntimeSettings, load_runtime
 from skewless.core.runtimes.eager import EagerRuntime
-from skewless.core.runtimes.mnn import ENCODER, HEAD, MnnRuntime
+from skewless.core.runtimes.mnn import ENCODER, HEAD, MnnRuntime, _Graph
 from skewless.core.runtimes.onnx import OnnxRuntime
 from skewless.core.service import ModelService
 from tests import recordings
@@ -86,6 +88,40 @@ def test_half_precision_rows_are_read_exactly(graphs: Path):
     (half,) = runtime(graphs)([rows.half()])
     (same,) = runtime(graphs)([rows.half().float()])
     assert all(torch.equal(half[name], same[name]) for name in half)
+
+
+class Failing:
+    """An interpreter that cannot run its session while `code` is set, as MNN reports it: by a number."""
+
+    code = 0
+
+    def __init__(self, interpreter: Any):
+        self._interpreter = interpreter
+        self.resized = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._interpreter, name)
+
+    def resizeSession(self, session: Any) -> Any:
+        self.resized += 1
+        return self._interpreter.resizeSession(session)
+
+    def runSession(self, session: Any) -> int:
+        return self.code or self._interpreter.runSession(session)
+
+
+def test_what_mnn_could_not_compute_is_no_answer(graphs: Path):
+    """Its outputs would still hold those of the rows before."""
+    (rows,) = examples((3, 64, 64), 2)
+    graph = _Graph(graphs / ENCODER, 1)
+    failing = graph._interpreter = Failing(graph._interpreter)
+    (expected,) = graph(rows.numpy()).values()
+    failing.code = 3
+    with pytest.raises(RuntimeError, match=r"could not run the graph on 2 rows \(its error 3\)"):
+        graph(rows.numpy() + 1)
+    failing.code, before = 0, failing.resized
+    (again,) = graph(rows.numpy()).values()
+    assert np.array_equal(again, expected) and failing.resized == before + 1
 
 
 def test_the_same_network_gives_the_same_bytes(graphs: Path, resnet, tmp_path: Path):

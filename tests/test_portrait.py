@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import random
 import struct
+import subprocess
+import sys
 import zlib
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from PIL.ExifTags import Base
 
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import build_postprocessor
-from skewless.core.stages import InputError, Payload, PipelineError, Signal
+from skewless.core.stages import InputError, Payload, PipelineError, Signal, fused
 from skewless.core.stages.image import DecodeImage
 from skewless.demos import portrait as corpus
 from tests.keras_on_torch import keras
@@ -472,6 +475,131 @@ def test_rgb_order_differs_in_nothing_but_the_order():
     data = encoded(RGB.repeat(4, axis=0), "PNG")
     swapped = Pipeline.from_yaml(ARCHIVE / "variants" / "rgb_order.yaml")(data)
     assert torch.equal(swapped.flip(1), PIPELINE(data))
+
+
+# --- both together, as they are served
+
+
+def same_as_the_plain_stages(data: bytes, pipeline: Pipeline = PIPELINE) -> None:
+    fast, plain = pipeline.run(data), deque(pipeline.steps(data), maxlen=1).pop()[1]
+    assert torch.equal(fast.data, plain.data) and fast.metadata == plain.metadata
+    assert (fast.data.stride(), fast.data.dtype) == (plain.data.stride(), plain.data.dtype)
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Every picture is resized in parts; the sizes of those that were."""
+    resized, sizes = fused._resized, []
+
+    def counted(rows, size, target, way):
+        sizes.append(size)
+        return resized(rows, size, target, way)
+
+    assert fused._arithmetic(224, 224)
+    monkeypatch.setattr(fused, "_FEW_PIXELS", 0)
+    monkeypatch.setattr(fused, "_resized", counted)
+    sizes.clear()
+    return sizes
+
+
+LARGE = [(2100, 1999), (224, 5000), (5000, 224), (33, 20000), (20000, 33), (225, 223), (448, 448), (7, 7000), (100, 90)]
+
+
+@pytest.mark.parametrize("size", LARGE)
+def test_a_picture_resized_in_parts_has_the_same_bits(size: tuple[int, int], parts: list):
+    same_as_the_plain_stages(encoded(picture(max(32, size[0]), max(32, size[1])), "JPEG", quality=90))
+    assert parts == [(max(32, size[0]), max(32, size[1]))]
+
+
+@pytest.mark.parametrize("name", [*EXACT, *cmyk_jpegs()])
+def test_a_picture_of_any_kind_has_the_same_bits_in_parts(name: str, parts: list):
+    data = EXACT[name][0] if name in EXACT else cmyk_jpegs()[name][0]
+    for background in ((), (30, 200, 90)):
+        decode_image = replace(DECODE, background=background)
+        for method in ("bilinear", "pil_bilinear", "pil_nearest"):
+            resize = replace(PIPELINE.stages["resize"], method=method)
+            same_as_the_plain_stages(data, PIPELINE.replace(decode_image=decode_image, resize=resize))
+    assert len(parts) == 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_has_the_same_bits_in_parts(orientation: int, parts: list, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("skewless.core.stages.image._PART", 700)
+    scene = picture(300, 480)
+    for method in ("bilinear", "pil_bilinear", "pil_nearest"):
+        resize = replace(PIPELINE.stages["resize"], method=method)
+        data = with_orientation("PNG", oracle.stored(scene, orientation), orientation)
+        turned, upright = PIPELINE.replace(resize=resize), with_orientation("PNG", scene, 1)
+        same_as_the_plain_stages(data, turned)
+        assert torch.equal(turned(data), turned(upright))
+    assert np.array_equal(levels(data), scene)
+
+
+@pytest.mark.parametrize("target", [(224, 300), (300, 229), (129, 130), (64, 64), (32, 500), (1, 1)])
+def test_to_any_size_it_has_the_same_bits(target: tuple[int, int], parts: list):
+    assert fused._arithmetic(*target)
+    parts.clear()
+    resize = replace(PIPELINE.stages["resize"], height=target[0], width=target[1])
+    same_as_the_plain_stages(encoded(picture(700, 900), "PNG"), PIPELINE.replace(resize=resize))
+    assert parts == [(700, 900)]
+
+
+def test_where_parts_give_other_bits_the_whole_is_resized(parts: list, monkeypatch: pytest.MonkeyPatch):
+    right = fused._resized
+    monkeypatch.setattr(fused, "_resized", lambda *given: torch.nextafter(right(*given), torch.tensor(1e3)))
+    fused._arithmetic.cache_clear()
+    try:
+        assert fused._arithmetic(224, 224) is None
+        same_as_the_plain_stages(encoded(picture(700, 900), "PNG"))
+    finally:
+        fused._arithmetic.cache_clear()
+
+
+def test_with_several_threads_the_whole_is_resized(parts: list):
+    torch.set_num_threads(2)
+    same_as_the_plain_stages(encoded(picture(700, 900), "PNG"))
+    assert parts == []
+
+
+MEMORY = """
+import io, sys
+import numpy as np, torch
+from PIL import Image
+from skewless.core.pipeline import Pipeline
+
+torch.set_num_threads(1)
+pipeline = Pipeline.from_yaml(sys.argv[1])
+
+def encoded(height, width):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (9, 99, 199)).save(file, sys.argv[2])
+    return file.getvalue()
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+for height, width in ((2100, 2000), (3000, 4000)):
+    data = encoded(height, width)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = peak()
+    pipeline.run(data)
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a process its own peak memory")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_large_picture_takes_little_more_than_decoding_it(kind: str):
+    """12 million pixels are 48 MB for Pillow, and 144 MB as float32."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, ARCHIVE / "pipeline.yaml", kind],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ARCHIVE.parents[1],
+    )
+    _, twelve_million = map(int, run.stdout.split())
+    assert twelve_million < 48_000_000 + 24_000_000
 
 
 # --- the decision

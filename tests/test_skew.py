@@ -21,7 +21,7 @@ from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess.bag_threshold import BagThreshold
 from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.service import Scored
-from skewless.core.stages import InputError, Stage
+from skewless.core.stages import InputError, PipelineError, Stage
 from skewless.skew.aggregate import summarize
 from skewless.skew.compare import skew_report
 from skewless.skew.measure import Comparator, Tally
@@ -246,9 +246,9 @@ CONTEXT = {
 }  # fmt: skip
 
 
-def test_a_recording_that_one_side_cannot_read_names_the_side(comparator, reference):
+def test_a_pipeline_that_cannot_run_names_the_side(comparator, reference):
     pair = comparator(reordered(reference, lambda s: s[:2] + s[3:]))
-    with pytest.raises(InputError, match=r"candidate: 'segment' takes one channel"):
+    with pytest.raises(PipelineError, match=r"^candidate pipeline: stage 'segment': it takes one channel, got 2"):
         pair.measure("clip", recording("WAV", "PCM_16", channels=2))
 
 

@@ -17,7 +17,7 @@ import torchaudio.transforms as AT
 from numpy.typing import NDArray
 
 from skewless.core.pipeline import Pipeline
-from skewless.core.stages import STAGES, InputError, Signal
+from skewless.core.stages import STAGES, InputError, PipelineError, Signal
 from tests import recordings
 from tests.oracles import cough as oracle
 from tests.recordings import one_thread  # noqa: F401
@@ -228,7 +228,7 @@ def test_segment_parameters(duration_s, hop_s, most):
 
 
 def test_segment_takes_one_channel():
-    with pytest.raises(InputError, match="takes one channel, got 2; add a 'downmix'"):
+    with pytest.raises(PipelineError, match="stage 'segment': it takes one channel, got 2; add a 'downmix'"):
         run("segment", np.zeros((2, 32000), dtype=np.float32), 16000)
 
 

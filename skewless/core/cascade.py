@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from skewless.core.definition import Definition
+from skewless.core.numerics import all_finite
 from skewless.core.postprocess import Postprocessor
 from skewless.core.runtimes import Runtime
 
@@ -33,13 +35,18 @@ class Cascade:
     A recording is settled when no movement of its scores by at most the margin changes its decision at the threshold that
     counts for it. So its decision is the exact network's wherever the two networks' scores are at most the margin apart.
 
-    margin: proved by calibration when the archive is built; in probability.
+    margin: proved by calibration when the archive is built; in probability. Raises ValueError for one that is negative or no
+        number: beside NaN every score would look settled.
     """
 
     fast: Runtime
     exact: Runtime
     postprocessor: Postprocessor
     margin: float
+
+    def __post_init__(self):
+        if not 0.0 <= self.margin < math.inf:
+            raise ValueError(f"the margin is {self.margin}, expected a number of at least 0; build the archive again")
 
     @classmethod
     def load(
@@ -72,7 +79,8 @@ class Cascade:
 
     def _settled(self, outputs: Mapping[str, torch.Tensor], threshold: float) -> bool:
         try:
-            return self.postprocessor.settled(self.postprocessor.scores(outputs), threshold, self.margin)
+            finite = all(map(all_finite, outputs.values()))
+            return finite and self.postprocessor.settled(self.postprocessor.scores(outputs), threshold, self.margin)
         except Exception:
             # A fault of the post-processing: the answer meets it again, by itself and not with the rest of the batch.
             _log.exception("post-processing of the fast network's outputs failed unexpectedly")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from threading import Thread
@@ -79,6 +80,14 @@ def _compute_alone(threads: int) -> None:
     restoring = Thread(target=torch.set_num_threads, args=(threads,))
     restoring.start()
     restoring.join()
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not values.numel():
+        return True
+    # Both are NaN where any value is. `isfinite` would take several times the memory of what it looks at.
+    return all(map(math.isfinite, values.aminmax()))
 
 
 def choose_device(gpu_id: int | None) -> torch.device:

@@ -18,7 +18,7 @@ import torch
 from skewless.core.budget import Budget
 from skewless.core.cascade import DECISION_EXACT, Cascade, Given
 from skewless.core.definition import Definition
-from skewless.core.numerics import NumericPolicy, reader_threads
+from skewless.core.numerics import NumericPolicy, all_finite, reader_threads
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import Part, Postprocessor
 from skewless.core.request import BatchRequest, Limits, Request, RequestError
@@ -224,7 +224,14 @@ class ModelService:
 
     def _read(self, payload: bytes, **more: Unpack[InputLimits]) -> Signal:
         limits: InputLimits = {**self.input_limits, **more}
-        return self.definition.prepared.run(payload, **limits)
+        signal = self.definition.prepared.run(payload, **limits)
+        if not all_finite(signal.data):
+            peak = signal.metadata.get("peak")
+            level = "" if peak is None else f"; its largest sample is {peak:.3g} times full scale"
+            raise InputError(
+                f"what the network would take of this file has values that are NaN or infinite{level}; export it again"
+            )
+        return signal
 
     def _prepare(self, request: Request | RequestError, budget: Budget) -> Prepared | RequestError:
         if isinstance(request, RequestError):
@@ -238,28 +245,55 @@ class ModelService:
             return error
         except InputError as error:
             return RequestError(_STATUS[error.kind], str(error))
-        except Exception:
+        except Exception as error:
             # A fault of ours, which must not take the rest of the batch with it.
             _log.exception("preprocessing failed unexpectedly")
+            if _is_out_of_memory(error):
+                return RequestError(
+                    413, "this file is too large to be processed in this server's memory; send a smaller one"
+                )
             return RequestError(500, "this file could not be processed; the server's log has the reason")
 
     def _infer(self, prepared: Sequence[Prepared | RequestError]) -> Iterator[Inferred | RequestError]:
-        good = [p for p in prepared if isinstance(p, Prepared)]
-        inputs = [p.signal.data for p in good]
-        if self.cascade:
-            given = self.cascade(inputs, [self._threshold_of(p.request) for p in good])
-        else:
-            given = [Given(outputs, self.runtime) for outputs in self.runtime(inputs)]
-        answers = iter(given)
+        answers = iter(self._outputs([each for each in prepared if isinstance(each, Prepared)]))
         for each in prepared:
-            yield each if isinstance(each, RequestError) else Inferred(each, *next(answers))
+            yield each if isinstance(each, RequestError) else next(answers)
+
+    def _outputs(self, prepared: Sequence[Prepared]) -> list[Inferred | RequestError]:
+        """The network's outputs for each file. A file on which it fails gets an error of its own."""
+        try:
+            inputs = [each.signal.data for each in prepared]
+            given = self._run(inputs, [self._threshold_of(each.request) for each in prepared])
+            return [self._checked(*each) for each in zip(prepared, given, strict=True)]
+        except Exception:
+            # A fault of ours, or too little memory. It must not take the rest of the batch with it.
+            if len(prepared) == 1:
+                _log.exception("the network failed unexpectedly")
+                return [RequestError(500, "the network failed on this file; the server's log has the reason")]
+            _log.exception("the network failed on %d files at once; each is run by itself", len(prepared))
+        return [answer for each in prepared for answer in self._outputs([each])]
+
+    def _run(self, inputs: Sequence[torch.Tensor], thresholds: Sequence[float]) -> list[Given]:
+        if self.cascade:
+            return self.cascade(inputs, thresholds)
+        return [Given(outputs, self.runtime) for outputs in self.runtime(inputs)]
+
+    @staticmethod
+    def _checked(prepared: Prepared, given: Given) -> Inferred | RequestError:
+        if bad := [name for name, values in given.outputs.items() if not all_finite(values)]:
+            _log.error("runtime '%s' gave values that are not finite: %s", given.runtime.name, ", ".join(bad))
+            return RequestError(500, "the network's answer to this file is not a number; the server's log has more")
+        return Inferred(prepared, *given)
 
     def _threshold_of(self, request: Request) -> float:
         return self.threshold if request.threshold is None else request.threshold
 
     def _answer_or_fault(self, inferred: Inferred) -> Response:
         try:
-            return self._answer(inferred)
+            answer = self._answer(inferred)
+            # What JSON cannot hold would be met where the answers of the whole batch are written.
+            json.dumps(answer.body, allow_nan=False)
+            return answer
         except Exception:
             # A fault of the post-processing, which must not take the rest of the batch with it.
             _log.exception("post-processing failed unexpectedly")
@@ -280,6 +314,11 @@ class ModelService:
                 "tier": inferred.runtime.tier,
             },
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch raises a RuntimeError, with these words.
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _described(runtime: Runtime) -> dict[str, Any]:

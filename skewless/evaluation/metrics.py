@@ -24,9 +24,33 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 _CANDIDATES = np.linspace(0.01, 0.99, 99)
 
 
+def check_scores(labels: np.ndarray, scores: np.ndarray) -> None:
+    """Raise ValueError unless scores `(N,)`, `(N, 1)` or `(N, C)` are numbers that tell the labels' `(N,)` classes apart.
+
+    One score tells two classes apart, and C scores C classes, from three on.
+    """
+    columns = scores.reshape(len(labels), -1)
+    if bad := int((~np.isfinite(columns).all(axis=1)).sum()):
+        raise ValueError(
+            f"{bad} of {len(labels)} recordings have a score that is NaN or infinite, expected numbers: the training diverged, "
+            "or the network does not belong to this pipeline"
+        )
+    count = columns.shape[1]
+    if count == 2:
+        raise ValueError("there are two scores per recording; of two classes there is one, the second's probability")
+    classes = max(2, count)
+    if (found := int(labels.max()) + 1) > classes:
+        raise ValueError(
+            f"the labels are of {found} classes, and {count} score{'s' * (count > 1)} per recording tell{'s' * (count == 1)} "
+            f"{classes} apart; give model.yaml's post-processing the manifest's classes, and a network with an output for each"
+        )
+
+
 def one_against_rest(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Labels `(N,)` and scores as ranking figures take them: `(N,)` and `(N,)` for scores `(N, 1)`, and for `(N, C)` each
-    class against the rest, `(N, C)` and `(N, C)`, of which the figures are means over the classes."""
+    class against the rest, `(N, C)` and `(N, C)`, of which the figures are means over the classes. Raises what
+    `check_scores` raises."""
+    check_scores(labels, scores)
     if scores.shape[1] == 1:
         return labels, scores[:, 0]
     return np.eye(scores.shape[1])[labels], scores
@@ -39,6 +63,7 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """The F1-optimal one of linspace(0.01, 0.99, 99); of equals, the middle one, farthest from either class."""
+    check_scores(labels, probabilities)
     scores = np.array([f1_score(labels, probabilities > t, zero_division=0.0) for t in _CANDIDATES])
     best = np.flatnonzero(scores == scores.max())
     return float(_CANDIDATES[best[len(best) // 2]].round(2))
@@ -60,6 +85,7 @@ def at_threshold(labels: np.ndarray, probabilities: np.ndarray, threshold: float
 
 def measure_two_classes(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
     """Figures of labels `(N,)` in {0, 1} and probabilities `(N,)`, at every threshold and at the chosen one."""
+    check_scores(labels, probabilities)
     fraction, mean = calibration_curve(labels, probabilities, n_bins=10)
     return {
         "positives": int(labels.sum()),
@@ -77,6 +103,7 @@ def measure_classes(
 ) -> dict[str, Any]:
     """Figures of labels `(N,)` and one probability per class `(N, C)`: AUC and average precision are means over the
     classes, each against the rest; the Brier score is Brier's own, a sum over the classes."""
+    check_scores(labels, probabilities)
     one_hot = np.eye(len(classes))[labels]
     chosen = np.array([Postprocessor.choose(tuple(p), threshold) for p in probabilities])
     correct, confidence = chosen == labels, probabilities.max(axis=1)

@@ -99,6 +99,8 @@ def compare(
         behind = replace(service, definition=replace(service.definition, pipeline=pipeline))
         try:
             predictions = predict(behind, list(rows), name)
+            scores = np.array([p.scores for p in predictions])
+            found = auc(labels, scores)
         except UnreadableRecordings as error:
             if not trials:
                 raise
@@ -110,10 +112,8 @@ def compare(
                 raise ImportFileError(f"{name} does not give what the network takes: {reason}") from error
             trials.append(Trial(name, failure=reason))
             continue
-        scores = np.array([p.scores for p in predictions])
         if not trials:
             _check_spread(name, scores)
-        found = auc(labels, scores)
         known = [p for p in predictions if p.recording.file_path in recorded]
         dp = [float(np.abs(np.subtract(p.scores, recorded[p.recording.file_path])).max()) for p in known]
         trials.append(

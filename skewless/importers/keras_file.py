@@ -26,6 +26,7 @@ from torch import nn
 
 from skewless.importers.errors import ImportFileError
 from skewless.importers.imported_file import ImportedFile
+from skewless.importers.inflated import read_member
 from skewless.importers.keras_graph import groups, read_graph
 from skewless.training.checkpoint import file_digest
 
@@ -100,11 +101,7 @@ def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     if len(found) != 1:
         listed = ", ".join(info.filename for info in archive.infolist()[:8]) or "nothing"
         raise ImportFileError(f"it has {len(found)} members {name}, expected one; it holds {listed}")
-    with archive.open(found[0]) as member:
-        data = member.read(limit + 1)
-    if len(data) > limit:
-        raise ImportFileError(f"its {name} has more than {limit:,} bytes, which no ResNet-50 needs")
-    return data
+    return read_member(archive, found[0], limit)
 
 
 def _version(archive: zipfile.ZipFile) -> str:
@@ -280,6 +277,12 @@ def _dataset(parent: h5py.Group, path: str) -> h5py.Dataset:
     found = _inside(parent, path)
     if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
         raise ImportFileError(f"its {parent.name}/{path} is no array that lies in the file itself")
+    # HDF5 inflates to the end of a stream, however many bytes the array has.
+    if found.id.get_create_plist().get_nfilters():
+        raise ImportFileError(
+            f"its {parent.name}/{path} is compressed ({found.compression or 'by a filter'}), expected {found.nbytes:,} bytes as "
+            "Keras stores them; save the model again with Keras"
+        )
     return found
 
 

@@ -15,10 +15,13 @@ import torch
 
 from skewless.importers.errors import ImportFileError
 from skewless.importers.imported_file import ImportedFile
+from skewless.importers.inflated import check_sizes, read_member
 from skewless.training.checkpoint import file_digest
 
 # Added by nn.DataParallel and by torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
+
+_MAX_PICKLE = 2**28  # bytes; it holds names and shapes, the numbers are elsewhere
 
 
 class _NumpyDtype:
@@ -54,11 +57,12 @@ def read_pytorch(path: str | Path) -> ImportedFile:
     Accepted: a dict with the weights under `model_state_dict`, `state_dict` or `model`, and optionally `epoch`, `val_auc` (a
     Python number, a numpy scalar or a tensor) and `config` (a dict); or a state dict alone. Prefixes that
     `nn.DataParallel` and `torch.compile` put before every key are removed. Whatever else the file would have Python
-    import or call is refused by name: nothing of it runs.
+    import or call is refused by name: nothing of it runs. Neither is a zip inflated to more than `inflated.MAX_BYTES`.
     Raises ImportFileError, saying what the file holds and what to save instead.
     """
     if not Path(path).is_file():
         raise ImportFileError(f"there is no file {path}")
+    _check_sizes(Path(path))
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -81,6 +85,22 @@ def read_pytorch(path: str | Path) -> ImportedFile:
         val_auc=_val_auc(path, content.get("val_auc")),
         config=dict(config or {}),
     )
+
+
+def _check_sizes(path: Path) -> None:
+    """Raise ImportFileError for a zip that torch would inflate without end; torch.save itself compresses nothing."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_sizes(archive)
+    except ImportFileError as error:
+        raise ImportFileError(f"{path}: {error}") from error
+    except Exception as error:  # zipfile raises many kinds on a damaged archive
+        raise ImportFileError(
+            f"{path} is not a checkpoint that loads without running code: its zip is damaged ({error})"
+        ) from error
 
 
 def _why_unreadable(path: Path, message: str) -> str:
@@ -120,7 +140,8 @@ def _first_global(path: Path) -> str:
     data = path.read_bytes()
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            data = b"".join(archive.read(n) for n in archive.namelist() if n.endswith("/data.pkl"))
+            pickles = [member for member in archive.infolist() if member.filename.endswith("/data.pkl")]
+            data = b"".join(read_member(archive, member, _MAX_PICKLE) for member in pickles)
     try:
         _Asking(io.BytesIO(data)).load()
     except _Asked as asked:

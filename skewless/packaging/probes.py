@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from typing import Unpack
 
 import numpy as np
 import scipy.signal
@@ -12,13 +13,16 @@ import soundfile
 import torch
 from PIL import Image
 
+from skewless.core.numerics import all_finite
 from skewless.core.pipeline import Pipeline
-from skewless.core.stages import InputError
+from skewless.core.stages import InputError, InputLimits, PipelineError
 
 SECONDS = 2.5  # a second window, so that what couples windows shows
 
 # Noise under every signal: a bin without any holds nothing but rounding, which differs from processor to processor.
 _FLOOR = 1e-2
+
+_STEREO = "impulse.wav"
 
 
 def probes(reads: str) -> dict[str, bytes]:
@@ -32,6 +36,32 @@ def probes(reads: str) -> dict[str, bytes]:
             f"the pipeline's first stage reads {reads!r}, expected 'audio' or 'image': set `reads` in the stage's class"
         )
     return made()
+
+
+def try_probes(pipeline: Pipeline, **limits: Unpack[InputLimits]) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The probes that the pipeline takes, and the others with the reason for which it refuses them; by file name.
+
+    limits: as `Pipeline.run` takes them.
+    Raises PipelineError for a pipeline that fails on a probe, as one without a downmix does on the stereo one: such a file
+    would be the server's fault, not its sender's.
+    """
+    taken, refused = {}, {}
+    for name, payload in probes(pipeline.reads).items():
+        try:
+            data = pipeline.run(payload, **limits).data
+        except InputError as error:
+            refused[name] = str(error)
+        except Exception as error:  # whatever a stage of one's own raises
+            what = "a stereo recording" if name == _STEREO else "such a file"
+            raise PipelineError(
+                f"pipeline '{pipeline.name}' cannot take {what}, the probe {name}: {str(error) or type(error).__name__}"
+            ) from error
+        else:
+            if all_finite(data):
+                taken[name] = payload
+            else:
+                refused[name] = "what the network would take of it has values that are NaN or infinite"
+    return taken, refused
 
 
 def network_inputs(pipeline: Pipeline) -> Iterator[torch.Tensor]:

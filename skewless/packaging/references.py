@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from skewless.core.service import ModelService
 from skewless.core.stages import InputError
 from skewless.errors import BuildError
 from skewless.evaluation.references import MIN_REFERENCE_SPREAD, entry, write_entries
-from skewless.packaging.probes import probes
+from skewless.packaging.probes import try_probes
 from skewless.training.checkpoint import file_digest
 
 # "evaluation": the recordings that evaluation kept, of the split that it measured. "synthetic": only the probes that this
@@ -41,6 +42,7 @@ def check_spread(entries: Sequence[dict[str, Any]]) -> None:
         raise BuildError(
             f"there are {len(entries)} references, expected at least 2; evaluate again, or give more files"
         )
+    check_finite(entries)
     # One column per score; the one that moves most.
     columns = zip(*(each["scores"] for each in entries), strict=True)
     low, high = max(((min(c), max(c)) for c in columns), key=lambda ends: ends[1] - ends[0])
@@ -51,6 +53,16 @@ def check_spread(entries: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def check_finite(entries: Sequence[dict[str, Any]]) -> None:
+    """Raise BuildError for a reference with a probability that is not a number: no answer could ever be compared with it."""
+    for each in entries:
+        if not all(map(math.isfinite, each["scores"])):
+            raise BuildError(
+                f"reference {each['file']} ({each['source']}) has the probabilities {each['scores']}, expected numbers: the "
+                "network gives NaN for it; train or import again"
+            )
+
+
 def stage_references(
     choice: Choice, evaluation: Path, split: str, staged: Path, service: ModelService
 ) -> tuple[dict[str, Any], list[str]]:
@@ -59,10 +71,12 @@ def stage_references(
     split: the one that evaluation measured. service: the one that evaluation measured; its probabilities are recorded for
         recordings that evaluation does not have.
     Returns what the archive's metrics say about its references, and warnings for whoever builds it.
-    Raises BuildError for an unknown choice, a file that cannot be read, and what `check_spread` raises.
+    Raises BuildError for an unknown choice, a file that cannot be read, and what `check_spread` raises; PipelineError for a
+    pipeline that fails on a probe.
     """
     folder = staged / REFERENCES
     folder.mkdir()
+    taken, refused = try_probes(service.pipeline, **service.input_limits)
     if choice == "none":
         write_entries(folder, [])
         warning = (
@@ -70,7 +84,9 @@ def stage_references(
             "smoke test has nothing to compare"
         )
         return {"kind": "none", "recordings": 0}, [warning]
-    refused = _write_probes(folder / PROBES, service)
+    (folder / PROBES).mkdir()
+    for name, payload in taken.items():
+        (folder / PROBES / name).write_bytes(payload)
     warnings = [f"probe {name} is left out, the pipeline refuses it: {reason}" for name, reason in refused.items()]
     if choice == "evaluation":
         entries = json.loads((evaluation / REFERENCES / ENTRIES).read_text(encoding="utf-8"))
@@ -90,22 +106,9 @@ def stage_references(
     else:
         entries = _copy(choice, folder, service)
         check_spread(entries)
+    check_finite(entries)
     write_entries(folder, entries)
     return {"kind": choice if isinstance(choice, str) else "files", "recordings": len(entries)}, warnings
-
-
-def _write_probes(folder: Path, service: ModelService) -> dict[str, str]:
-    """Write the probes that the pipeline reads; returns the others with the reason."""
-    folder.mkdir()
-    refused = {}
-    for name, payload in probes(service.pipeline.reads).items():
-        try:
-            service.pipeline.run(payload, **service.input_limits)
-        except InputError as error:
-            refused[name] = str(error)
-            continue
-        (folder / name).write_bytes(payload)
-    return refused
 
 
 def _copy(files: Sequence[Path], folder: Path, service: ModelService) -> list[dict[str, Any]]:

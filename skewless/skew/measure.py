@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from skewless.core.align import Row, align
+from skewless.core.numerics import all_finite
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import Postprocessor
 from skewless.core.runtimes import Runtime
@@ -239,11 +240,11 @@ class Comparator:
             for stage in stages[len(signals) :]:
                 try:
                     signals.append(stage(signals[-1] if signals else Signal(payload)))
-                except InputError:
+                except (InputError, PipelineError):
                     raise
                 except Exception as error:  # stages in an order nobody meant can fail in any way
                     raise PipelineError(f"stage '{stage.name}' cannot run here: {error}") from error
-                if not torch.isfinite(signals[-1].data).all():
+                if not all_finite(signals[-1].data):
                     raise InputError(f"stage '{stage.name}' gives values that are not finite")
         return signals
 
@@ -260,6 +261,8 @@ class Comparator:
                 (outputs,) = self._runtime([tensor])
             except Exception as error:
                 raise PipelineError(f"the network cannot take {tuple(tensor.shape)} {tensor.dtype}: {error}") from error
+            if not all(map(all_finite, outputs.values())):
+                raise PipelineError("the network gives values that are NaN or infinite for what the pipeline gives")
             try:
                 parts = tuple(self._postprocessor.parts(outputs, signal.metadata))
                 scores[key] = Scored(self._postprocessor.scores(outputs), parts)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from skewless.core.cascade import apart
 from skewless.core.definition import MODEL, read_model
 from skewless.core.postprocess import Postprocessor, build_postprocessor
 from skewless.errors import UsageError
@@ -136,7 +137,7 @@ def _measure(path: str, send: Callable[..., Answer], references: References, ver
             continue
         body = answer.body
         scores, chosen = postprocessor.read(body)
-        differences.append(max(abs(p - evaluated) for p, evaluated in zip(scores, entry["scores"], strict=True)))
+        differences.append(apart(scores, entry["scores"]))
         tier = body["tier"]
         if tier not in references.tiers:
             problems.append(

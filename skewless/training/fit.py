@@ -21,9 +21,11 @@ from tqdm import tqdm
 from skewless.core.definition import Definition
 from skewless.core.networks import NETWORKS, Network
 from skewless.core.own_code import OwnCode, file_of
+from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import Postprocessor
 from skewless.core.versions import library_versions
 from skewless.evaluation.metrics import auc, one_against_rest
+from skewless.packaging.probes import try_probes
 from skewless.training.cache import Entry, StageCache
 from skewless.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from skewless.training.config import Config
@@ -60,6 +62,7 @@ def fit(
     postprocessor = definition.postprocessor
     cache = StageCache(cache_dir, definition.pipeline)
     _check_config(config, definition, cache)
+    _try_probes(definition.pipeline)
     loss_definition, loss = _loss_of(config, definition)
     train, val = _prepare(recordings, config, cache, postprocessor.classes, cache_dir / "augmented", skip_unreadable)
     cache.fit(train)
@@ -166,7 +169,11 @@ def _check_together(
     try:
         with torch.inference_mode():
             outputs = network.head(network.encode(x))
-            postprocessor.scores(outputs)
+            found, classes = len(postprocessor.scores(outputs)), len(postprocessor.classes)
+            if found != (1 if classes == 2 else classes):
+                raise ValueError(
+                    f"the post-processing gives {found} scores, expected one per class, or one for two classes"
+                )
             counts = torch.ones(len(postprocessor.classes), device=device)
             label = torch.tensor([entry.recording.label], device=device)
             loss(network, Batch([x], label, counts, frozen=False))
@@ -176,6 +183,12 @@ def _check_together(
             f"pipeline, network, loss and post-processing do not fit together: the pipeline gives {tuple(x.shape)}, the network "
             f"gives {given}, there are {len(postprocessor.classes)} classes; {type(error).__name__}: {error}"
         ) from error
+
+
+def _try_probes(pipeline: Pipeline) -> None:
+    """Raise PipelineError, before recordings are read, for a pipeline that fails on a kind of file that a server will get,
+    such as a stereo recording. Stages that training has to fit, and those behind them, are left out."""
+    try_probes(pipeline.split(pipeline.unfitted[0])[0] if pipeline.unfitted else pipeline)
 
 
 def _check_config(config: Config, definition: Definition, cache: StageCache) -> None:

@@ -316,7 +316,7 @@ def _measure(
                     if each == reference:
                         expected = finished[0].scores
                         _check_recorded(expected, recorded)
-                    worst[each] = max(_difference(one.scores, expected) for one in finished)
+                    worst[each] = float(np.max([_difference(one.scores, expected) for one in finished]))
                     if not worst[each] <= TOLERANCES["exact"]:
                         reason = (
                             f"a score is off by {worst[each]:.1e} from {REFERENCE}'s, allowed {TOLERANCES['exact']:g}"

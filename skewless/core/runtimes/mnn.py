@@ -122,18 +122,23 @@ class _Graph:
         self._shape: tuple[int, ...] = ()
 
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """`(N, ...)` float32 to the outputs by name. Raises ValueError for rows of another shape than the graph's."""
+        """`(N, ...)` float32 to the outputs by name. Raises ValueError for rows of another shape than the graph's, and
+        RuntimeError where MNN cannot run it, such as for too little memory."""
         # MNN would end the process.
         if rows.shape[1:] != self._row:
             raise ValueError(f"the graph takes rows {self._row}, got {rows.shape[1:]}")
         if rows.shape != self._shape:
+            self._shape = ()  # until the session has it
             self._interpreter.resizeTensor(self._input, rows.shape)
             self._interpreter.resizeSession(self._session)
             self._shape = rows.shape
         # MNN copies from where the rows are: it has to be one piece of memory, alive until then.
         rows = np.ascontiguousarray(rows)
         self._input.copyFrom(self._tensor(rows))
-        self._interpreter.runSession(self._session)
+        # MNN raises nothing; its outputs would be those of an earlier run.
+        if code := self._interpreter.runSession(self._session):
+            self._shape = ()
+            raise RuntimeError(f"MNN could not run the graph on {len(rows)} rows (its error {code})")
         outputs = self._interpreter.getSessionOutputAll(self._session)
         return {name: self._copied(output) for name, output in outputs.items()}
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from skewless.core.definition import Definition
+from skewless.core.numerics import all_finite
 from skewless.core.runtimes import Runtime
 from skewless.core.versions import library_versions
 
@@ -18,7 +19,10 @@ _SAMPLES = 256
 
 
 def record(definition: Definition, runtime: Runtime) -> None:
-    """Write `stages.json` and `stages.safetensors` beside the recordings in the folder's `references/`."""
+    """Write `stages.json` and `stages.safetensors` beside the recordings in the folder's `references/`.
+
+    Raises ValueError, naming the stage and the recording, for values that are NaN or infinite: no replay could equal them.
+    """
     folder = definition.folder / REFERENCES
     recordings = (p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".json", ".safetensors"))
     files = sorted(p.relative_to(folder).as_posix() for p in recordings)
@@ -29,14 +33,24 @@ def record(definition: Definition, runtime: Runtime) -> None:
         kinds[file] = {}
         for stage, signal in definition.pipeline.steps((folder / file).read_bytes()):
             kinds[file][stage] = kind(signal.data)
-            values[f"{file}/{stage}"] = summary(signal.data)
+            values[f"{file}/{stage}"] = _finite(summary(signal.data), f"stage '{stage}'", file)
             if stage == last:
                 prepared = signal.data
         (outputs,) = runtime([prepared])
-        values |= {f"{file}/network/{name}": value.double() for name, value in outputs.items()}
+        for name, value in outputs.items():
+            values[f"{file}/network/{name}"] = _finite(value.double(), f"the network's {name}", file)
     save_file(values, folder / VALUES)
     recorded = {"library_versions": library_versions(definition.packages), "recordings": kinds}
     (folder / KINDS).write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+
+
+def _finite(values: torch.Tensor, what: str, file: str) -> torch.Tensor:
+    if not all_finite(values):
+        raise ValueError(
+            f"{what} is NaN or infinite for reference {file}, and no worker could reproduce that; mend what computes it, or "
+            "choose other references"
+        )
+    return values
 
 
 def kind(data: torch.Tensor) -> str:

@@ -24,6 +24,9 @@ from skewless.core.stages.stage import InputError, Payload, Signal, Stage, Toler
 FORMATS = "WAV, FLAC, Ogg, MP3, AIFF, M4A/AAC or WebM"
 # Decoded at once, all channels counted: 0.5 MB.
 BLOCK_SAMPLES = 131072
+# No integer format has larger levels, and files of floats put full scale at 1.0. The power of larger ones is more than float32
+# holds, if not here then behind some stage.
+LARGEST_LEVEL = 2.0**31
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class Decode(Stage, name="decode"):
     (per channel, at the signal's rate), `duration_s`, `complete` (False when only a head was kept).
 
     Raises InputError: "unsupported" for bytes that are no audio format read here; "malformed" for an empty,
-    truncated, damaged or non-finite recording, and for a sampling rate below `Payload.min_rate_hz`; "too_large" for one
-    above `max_rate_hz`, for more than `max_channels` (both by the file's header, before memory is taken for samples), more
-    than `max_samples` to keep, or more than `max_duration_s`.
+    truncated, damaged or non-finite recording, for one with a sample above LARGEST_LEVEL, and for a sampling rate below
+    `Payload.min_rate_hz`; "too_large" for one above `max_rate_hz`, for more than `max_channels` (both by the file's header,
+    before memory is taken for samples), more than `max_samples` to keep, or more than `max_duration_s`.
     """
 
     reads: ClassVar[str] = "audio"
@@ -79,6 +82,11 @@ class Decode(Stage, name="decode"):
                 peak = float(np.max([peak, block.max(), -block.min()]))
             if not math.isfinite(peak):
                 raise InputError("the audio contains NaN or infinite samples; export it again as PCM")
+            if peak > LARGEST_LEVEL:
+                raise InputError(
+                    f"a sample is {peak:.3g} times full scale, at most {LARGEST_LEVEL:.3g} times is read; export the recording "
+                    "with samples between -1 and 1"
+                )
             if count > payload.max_duration_s * rate:
                 raise InputError(
                     f"the recording is longer than {payload.max_duration_s:g} s, the longest accepted; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ def read_ffmpeg(payload: Payload, container: str) -> Iterator[tuple[int, np.ndar
     try:
         yield from _read(payload, container)
     except av.FFmpegError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError from error
         raise damaged(container, error) from error
 
 

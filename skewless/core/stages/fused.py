@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from skewless.core.stages.stage import Signal, Stage
 
 if TYPE_CHECKING:  # imported with the stages themselves; not every archive has the packages they need
+    from skewless.core.stages.image import DecodeImage, Resize
     from skewless.core.stages.network_input import Replicate, Standardize
     from skewless.core.stages.segment import Cut, Segment
     from skewless.core.stages.spectrogram import Decibel, Mel
@@ -363,12 +365,109 @@ def _heard(mel: Mel, rate: int) -> int:
     return int(weights.nonzero().max()) + 1 if weights.any() else 1
 
 
+# Of fewer pixels the levels take little memory in float32, and cutting rows out of a picture takes longer than it spares.
+_FEW_PIXELS = 2**21
+
+
+@dataclass(frozen=True)
+class _Picture(Fused):
+    """`decode_image` and `resize`. As float32 a picture's levels take three times the memory of the decoded picture, and the
+    resizing looks at few of them: so only those are made, and what Pillow resizes is not made float32 at all."""
+
+    def __call__(self, signal: Signal) -> Signal:
+        from skewless.core.stages.image import levels_of
+
+        decode, resize = cast("tuple[DecodeImage, Resize]", self.stages)
+        picture = decode.read(signal.data)
+        if resize.method != "bilinear":
+            return picture.signal(signal, resize.by_pillow(picture.upright()))
+        width, height = picture.size
+        target = resize.height, resize.width
+        # With several threads torch resizes by another kernel, which rounds otherwise.
+        if width * height >= _FEW_PIXELS and torch.get_num_threads() == 1 and (way := _arithmetic(*target)):
+            return picture.signal(signal, _resized(picture.rows, (height, width), target, way))
+        return resize(picture.signal(signal, levels_of(picture.upright())))
+
+
+class _Arithmetic(NamedTuple):
+    """How a processor computes `a b + c`: with one rounding (fused) or with two."""
+
+    fused: bool
+
+    def __call__(self, a: NDArray, b: NDArray | np.float32, c: NDArray | np.float32) -> NDArray[np.float32]:
+        """`a b + c` for float32 `b` and `c`, and `a` that is float32 or of 8 bits."""
+        if not self.fused:
+            return a * b + c
+        # Exact but for the last rounding: a product has 48 bits, and 64 are enough for its sum with a float32.
+        return (a.astype(np.longdouble) * b + c).astype(np.float32)
+
+
+def _resized(
+    rows: Callable[[int, int], Any], size: tuple[int, int], target: tuple[int, int], way: _Arithmetic
+) -> torch.Tensor:
+    """`(1, 3, height, width)`: what torch's bilinear interpolation, without antialiasing, makes of a picture of `size`, height
+    and width. Each new pixel is a sum of four, those of two rows in two columns, with products of the weights of both.
+
+    rows: the picture's 8-bit RGB levels `(rows, width, 3)` from one row to another.
+    """
+    (above, below), (h0, h1) = _neighbours(size[0], target[0], way)
+    (left, right), (w0, w1) = _neighbours(size[1], target[1], way)
+    needed = np.unique([above, below])
+    kept = np.empty((2, len(needed), target[1], 3), dtype=np.uint8)
+    for run in np.split(np.arange(len(needed)), np.flatnonzero(np.diff(needed) > 1) + 1):
+        step = max(1, _BLOCK // size[1])
+        for some in (run[k : k + step] for k in range(0, len(run), step)):
+            block = np.asarray(rows(int(needed[some[0]]), int(needed[some[-1]]) + 1))
+            kept[0, some], kept[1, some] = block[:, left], block[:, right]
+    (upper_left, lower_left), (upper_right, lower_right) = kept[:, np.searchsorted(needed, [above, below])]
+    # In torch's order.
+    sum_ = upper_right * (h0[:, None] * w1)[..., None]
+    sum_ = way(upper_left, (h0[:, None] * w0)[..., None], sum_)
+    sum_ = way(lower_left, (h1[:, None] * w0)[..., None], sum_)
+    sum_ = way(lower_right, (h1[:, None] * w1)[..., None], sum_)
+    return torch.from_numpy(sum_).permute(2, 0, 1).contiguous()[None]
+
+
+def _neighbours(size: int, target: int, way: _Arithmetic) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Along one axis the two places that each new one lies between, `(2, target)`, and their weights, likewise."""
+    place = way(
+        np.arange(target, dtype=np.float32) + np.float32(0.5), np.float32(size) / np.float32(target), np.float32(-0.5)
+    )
+    place = np.maximum(place, np.float32(0))
+    first = np.minimum(np.floor(place).astype(np.intp), size - 1)
+    second = np.minimum(first + 1, size - 1)
+    weight = place - first.astype(np.float32)
+    return np.stack([first, second]), np.stack([1 - weight, weight])
+
+
+@lru_cache(maxsize=8)
+def _arithmetic(high: int, wide: int) -> _Arithmetic | None:
+    """The one by which `_resized` gives the bits of torch's own resizing to this size here; None where neither does."""
+    generator = torch.Generator().manual_seed(0)
+    # Where NumPy has no longer float than float64, one rounding would be two now and then.
+    long_enough = np.finfo(np.longdouble).nmant >= 63
+    ways = [_Arithmetic(fused) for fused in (True, False) if long_enough or not fused]
+    for size in ((613, 1009), (101, 97), (20011, 3), (3, 20011)):
+        noise = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+        whole = noise.permute(2, 0, 1)[None].contiguous().float()
+        plain = F.interpolate(whole, (high, wide), mode="bilinear", align_corners=False)
+        rows = partial(_rows_of, noise)
+        ways = [way for way in ways if torch.equal(_resized(rows, size, (high, wide), way), plain)]
+    return next(iter(ways), None)
+
+
+def _rows_of(picture: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return picture[start:stop]
+
+
 _ONE_BY_ONE = ("scale", "pad_frames", "letterbox", "cast")
 
 
 def _next(stages: Sequence[Stage]) -> Step:
     """The first stage, together with those behind it that can be computed with it."""
     names = _names(stages)
+    if names[:2] == ["decode_image", "resize"]:
+        return _Picture(tuple(stages[:2]))
     if names[:2] == ["peak_normalize", "downmix"]:
         return _Level(tuple(stages[:2]))
     if names[0] == "resample" and cast("Resample", stages[0]).method == "sinc_hann":

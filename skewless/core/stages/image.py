@@ -65,10 +65,26 @@ class DecodeImage(Stage, name="decode_image"):
         self.require(self.min_side > 0, f"min_side is {self.min_side}, expected at least 1 pixel")
 
     def __call__(self, signal: Signal) -> Signal:
-        payload: Payload = signal.data
+        picture = self.read(signal.data)
+        return picture.signal(signal, levels_of(picture.upright()))
+
+    def read(self, payload: Payload) -> Picture:
+        """The decoded picture; raises InputError as calling the stage does."""
         kind = identify(payload.data)
         try:
-            image = self._upright_rgb(_open(payload, kind), payload.data)
+            image = _open(payload, kind)
+            turn = _TURNS.get(image.getexif().get(Base.Orientation, 0)) if self.orientation == "upright" else None
+            image.load()
+            # Byte 24 of a PNG is its bit depth. Pillow compares such a colour with levels of which it kept 8 bits.
+            keyed = image.has_transparency_data and "transparency" in image.info
+            if self.background and keyed and payload.data[24] == 16:
+                raise InputError(
+                    "a PNG of 16 bits with one transparent colour (tRNS) is not read; save it with 8 bits or with an alpha "
+                    "channel",
+                    "unsupported",
+                )
+            picture = Picture(image, kind, turn, self.background)
+            picture.rows(0, 1)  # a palette may be damaged, too
         except (InputError, MemoryError):
             raise
         except Image.DecompressionBombError as error:
@@ -80,28 +96,68 @@ class DecodeImage(Stage, name="decode_image"):
             raise InputError(
                 f"the {kind} data cannot be decoded: {reason}; the file is damaged or cut short"
             ) from error
-        width, height = image.size
+        width, height = picture.size
         if min(width, height) < self.min_side:
             raise InputError(
                 f"the picture is {width} x {height} pixels, expected at least {self.min_side} x {self.min_side}; send a "
                 "larger one"
             )
-        return signal.of(_levels(image), width=width, height=height, format=kind)
+        return picture
 
-    def _upright_rgb(self, image: ImageFile, data: bytes) -> Image.Image:
-        turn = _TURNS.get(image.getexif().get(Base.Orientation, 0)) if self.orientation == "upright" else None
-        flat = self._rgb(image, data)
-        return flat if turn is None else flat.transpose(turn)
 
-    def _rgb(self, image: ImageFile, data: bytes) -> Image.Image:
+_PART = 2**20  # pixels of a picture that are turned and converted at once
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture as its file stores it, at most 4 bytes per pixel, and how to see it upright and in RGB.
+
+    turn: None where it is upright. background: as DecodeImage has it.
+    """
+
+    image: Image.Image
+    kind: str
+    turn: Image.Transpose | None
+    background: tuple[int, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the upright picture."""
+        width, height = self.image.size
+        return (height, width) if self.turn in _ACROSS else (width, height)
+
+    def signal(self, given: Signal, data: torch.Tensor) -> Signal:
+        """What comes of a signal when `data` was computed from its picture."""
+        width, height = self.size
+        return given.of(data, width=width, height=height, format=self.kind)
+
+    def rows(self, start: int, stop: int) -> Image.Image:
+        """Rows `start` to `stop` of the upright picture in RGB."""
+        width, height = self.image.size
+        across = self.turn in _ACROSS
+        if self.turn in _BACKWARDS:
+            total = width if across else height
+            start, stop = total - stop, total - start
+        part = self._rgb(self.image.crop((start, 0, stop, height) if across else (0, start, width, stop)))
+        return part if self.turn is None else part.transpose(self.turn)
+
+    def upright(self) -> Image.Image:
+        """The upright picture in RGB: the stored one itself, or one copy of it, which is made part by part."""
+        if (
+            self.image.mode == "RGB"
+            and self.turn is None
+            and not (self.background and self.image.has_transparency_data)
+        ):
+            return self.image
+        width, height = self.size
+        whole = Image.new("RGB", (width, height))
+        step = max(1, _PART // width)
+        for start in range(0, height, step):
+            whole.paste(self.rows(start, min(start + step, height)), (0, start))
+        return whole
+
+    def _rgb(self, image: Image.Image) -> Image.Image:
         if self.background and image.has_transparency_data:
-            # Byte 24 of a PNG is its bit depth. Pillow compares such a colour with levels of which it kept 8 bits.
-            if "transparency" in image.info and data[24] == 16:
-                raise InputError(
-                    "a PNG of 16 bits with one transparent colour (tRNS) is not read; save it with 8 bits or with an alpha "
-                    "channel",
-                    "unsupported",
-                )
             with_alpha = image.convert("RGBA")
             canvas = Image.new("RGB", image.size, self.background)
             canvas.paste(with_alpha, mask=with_alpha.getchannel("A"))
@@ -126,6 +182,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Those of them after which the rows are what the file stores as columns, and those after which the last row or column is first.
+_ACROSS = {_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8]}
+_BACKWARDS = {_TURNS[3], _TURNS[4], _TURNS[7], _TURNS[8]}
 
 
 def identify(data: bytes) -> str:
@@ -184,7 +243,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     raise ValueError("its first chunk is not a picture's header")
 
 
-def _levels(image: Image.Image) -> torch.Tensor:
+def levels_of(image: Image.Image) -> torch.Tensor:
     """An RGB image as `(1, 3, H, W)` float32."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().unsqueeze(0).float()
 
@@ -224,9 +283,12 @@ class Resize(Stage, name="resize"):
         levels = signal.data.to(torch.uint8)
         if not torch.equal(levels.float(), signal.data):
             raise PipelineError(f"stage 'resize': {self.method} takes 8-bit levels; put it right behind decode_image")
+        return signal.of(self.by_pillow(Image.fromarray(levels[0].permute(1, 2, 0).numpy())))
+
+    def by_pillow(self, image: Image.Image) -> torch.Tensor:
+        """What a `pil_` method makes of an RGB image: `(1, 3, height, width)` float32."""
         resample = {"pil_bilinear": Image.Resampling.BILINEAR, "pil_nearest": Image.Resampling.NEAREST}[self.method]
-        image = Image.fromarray(levels[0].permute(1, 2, 0).numpy()).resize((self.width, self.height), resample)
-        return signal.of(_levels(image))
+        return levels_of(image.resize((self.width, self.height), resample))
 
 
 @dataclass(frozen=True)

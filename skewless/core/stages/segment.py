@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from skewless.core.stages.stage import InputError, Signal, Stage, Tolerance
+from skewless.core.stages.stage import Signal, Stage, Tolerance
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,9 @@ class Segment(Stage, name="segment"):
         return cut.signal(signal, cut.waveform.unfold(0, cut.window, cut.hop).contiguous())
 
     def cut(self, signal: Signal) -> Cut:
-        """Where the segments of a waveform `(1, N)` lie; raises InputError for more than one channel."""
-        if signal.data.shape[0] != 1:
-            raise InputError(
-                f"'segment' takes one channel, got {signal.data.shape[0]}; add a 'downmix' stage before it"
-            )
+        """Where the segments of a waveform `(1, N)` lie; raises PipelineError for more than one channel."""
+        channels = signal.data.shape[0]
+        self.require(channels == 1, f"it takes one channel, got {channels}; add a 'downmix' stage before it")
         rate = signal.sampling_rate
         window, hop = int(self.duration_s * rate), int(self.hop_s * rate)
         total = signal.metadata["num_samples"]
