@@ -21,8 +21,7 @@ import statistics
 import tempfile
 import time
 import zipfile
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +39,7 @@ from skewless.core.request import Request, RequestError
 from skewless.core.runtimes import load_runtime
 from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.selftest.record import REFERENCES
-from skewless.core.service import METRICS, ModelService, Prepared
+from skewless.core.service import METRICS, Inferred, ModelService, Prepared
 from skewless.packaging.probes import probes
 
 CPU_BATCHES, GPU_BATCHES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -219,11 +218,17 @@ def _prepared(service: ModelService, requests: Sequence[Request]) -> list[Prepar
 
 
 def _inferred(service: ModelService, prepared: Sequence[Prepared | RequestError]) -> None:
-    deque(service.infer(prepared), maxlen=0)
+    _through(service.infer(prepared))
 
 
 def _whole(service: ModelService, requests: Sequence[Request]) -> None:
-    deque(service.infer(service.prepare(requests)), maxlen=0)
+    _through(service.infer(service.prepare(requests)))
+
+
+def _through(inferred: Iterable[Inferred | RequestError]) -> None:
+    for each in inferred:
+        if isinstance(each, RequestError):
+            raise each
 
 
 def _ratio(reference: Sequence[float], times: Sequence[float]) -> float:

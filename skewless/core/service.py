@@ -260,16 +260,20 @@ class ModelService:
             yield each if isinstance(each, RequestError) else next(answers)
 
     def _outputs(self, prepared: Sequence[Prepared]) -> list[Inferred | RequestError]:
-        """The network's outputs for each file. A file on which it fails gets an error of its own."""
+        """The network's outputs for each file. A file on which it fails gets an error of its own, with its cause."""
+        if not prepared:
+            return []
         try:
             inputs = [each.signal.data for each in prepared]
             given = self._run(inputs, [self._threshold_of(each.request) for each in prepared])
             return [self._checked(*each) for each in zip(prepared, given, strict=True)]
-        except Exception:
+        except Exception as error:
             # A fault of ours, or too little memory. It must not take the rest of the batch with it.
             if len(prepared) == 1:
                 _log.exception("the network failed unexpectedly")
-                return [RequestError(500, "the network failed on this file; the server's log has the reason")]
+                failed = RequestError(500, "the network failed on this file; the server's log has the reason")
+                failed.__cause__ = error
+                return [failed]
             _log.exception("the network failed on %d files at once; each is run by itself", len(prepared))
         return [answer for each in prepared for answer in self._outputs([each])]
 

@@ -82,13 +82,13 @@ class Worker:
         """The reason, where the runtime fails."""
         service = self._services[task.runtime]
         service.runtime.settings = replace(service.runtime.settings, micro_batch=task.micro_batch)
-        try:
-            started = time.monotonic()
-            for _ in range(task.passes):
-                inferred = [each for call in self._calls for each in service.infer(iter(call))]
-            ended = time.monotonic()
-        except Exception as error:  # whatever a runtime raises
-            return f"{type(error).__name__}: {error}"
+        started = time.monotonic()
+        for _ in range(task.passes):
+            inferred = [each for call in self._calls for each in service.infer(iter(call))]
+        ended = time.monotonic()
+        if failed := next((each for each in inferred if isinstance(each, RequestError)), None):
+            cause = failed.__cause__
+            return f"{type(cause).__name__}: {cause}" if cause else failed.message
         scores = [service.postprocessor.scores(each.outputs) for each in inferred if isinstance(each, Inferred)]
         return Done(started, ended, tuple(scores))
 
