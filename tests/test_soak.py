@@ -377,6 +377,18 @@ def test_what_is_a_defect(status: int, body: dict, owed: bool, said: str | None)
     assert found is None if said is None else (found or "").startswith(said)
 
 
+def test_what_is_refused_before_a_handler_sees_it_is_none():
+    form = b"POST /x HTTP/1.1\r\ncontent-type: multipart/form-data; boundary=\r\n\r\nEND"
+    refused = Answer(500, {"code": 500, "type": "StringIndexOutOfBoundsException", "message": "0"}, 0.1)
+    assert verdict(replace(ASKED, data=form), refused) is None
+    assert verdict(ASKED, refused) is None, "a body without a content type is read as a form"
+    octets = form.replace(b"multipart/form-data", b"application/octet-stream")
+    assert verdict(replace(ASKED, data=octets), refused) == "500: 0"
+    unknown = Answer(500, {"code": 500, "type": "UNKNOWN", "message": ""}, 0.1)
+    assert verdict(replace(ASKED, protocol=GRPC, owed=False), unknown) is None
+    assert verdict(replace(ASKED, protocol=GRPC), unknown) == "500: "
+
+
 @pytest.fixture
 def archive() -> Archive:
     postprocessor = build_postprocessor(
