@@ -6,6 +6,7 @@ import base64
 import gzip
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +39,8 @@ SHARES = {
     ABORTED: 2,
     HEAVY_GROUP: 1,
 }
+
+ASTRAY = 0.02  # of the files: sent to an archive that reads others
 
 Files = Mapping[str, Mapping[str, Sequence[bytes]]]
 Pair = tuple[bytes, bytes]  # a header's name and value
@@ -525,13 +528,14 @@ def kinds(files: Files, reads: Sequence[str]) -> dict[str, Kind]:
 class Plan:
     """Request number N of a crowd: the same for the same seed, targets and versions of the codecs.
 
-    order: the kinds of the requests to come, one after the other; empty for a crowd without end, which draws them by SHARES.
+    order: the kinds of the requests to come, one after the other, each with how many of it there were before in the making of
+        the order, by which archives take turns; empty for a crowd without end, which draws both.
     """
 
     targets: Sequence[Target]
     seed: int
     kinds: Mapping[str, Kind]
-    order: Sequence[str] = ()
+    order: Sequence[tuple[str, int]] = ()
 
     @classmethod
     def make(cls, targets: Sequence[Target], seed: int, requests: int | None = None, bombs: int | None = None) -> Plan:
@@ -547,7 +551,11 @@ class Plan:
                 bomb(each, name)
         if requests is None:
             return cls(targets, seed, found)
-        order = list(_counted(found, requests, bombs))
+        turns: Counter[str] = Counter()
+        order = []
+        for name in _counted(found, requests, bombs):
+            order.append((name, turns[name]))
+            turns[name] += 1
         Random(f"{seed} order").shuffle(order)
         return cls(targets, seed, found, order)
 
@@ -558,11 +566,12 @@ class Plan:
     def message(self, number: int) -> Message:
         """Raises IndexError past the last one."""
         rng = Random(f"{self.seed} {number}")
-        name = self.order[number] if self.order else self._draw(rng)
+        name, turn = self.order[number] if self.order else (self._draw(rng), rng.randrange(1 << 30))
         kind = self.kinds[name]
         # A few go where nobody reads such files.
-        fitting = [t for t in self.targets if t.reads == kind.reads and rng.random() < 0.97]
-        target = rng.choice(fitting or list(self.targets))
+        astray = rng.random() < ASTRAY
+        fitting = [target for target in self.targets if astray or kind.reads in (None, target.reads)]
+        target = fitting[turn % len(fitting)]
         return replace(kind.build(target, rng), kind=name, group=kind.group)
 
     def _draw(self, rng: Random) -> str:

@@ -205,15 +205,25 @@ def test_a_crowd_without_end_has_every_group(plan: Plan):
 
 def test_a_counted_crowd_has_so_many_of_each():
     counted = Plan.make(TARGETS, 7, requests=500, bombs=3)
-    groups = Counter(counted.kinds[name].group for name in counted.order)
+    order = [name for name, _ in counted.order]
+    groups = Counter(counted.kinds[name].group for name in order)
     bombs = [name for name, kind in counted.kinds.items() if kind.group == BOMB]
     assert groups[MUTATED] == 500
-    assert {Counter(counted.order)[name] for name in bombs} == {3}
+    assert {Counter(order)[name] for name in bombs} == {3}
     assert set(groups) == set(SHARES)
-    mutated = Counter(name for name in counted.order if counted.kinds[name].group == MUTATED)
+    mutated = Counter(name for name in order if counted.kinds[name].group == MUTATED)
     assert len(mutated) == 12 * len(MUTATIONS) and max(mutated.values()) - min(mutated.values()) == 1
     with pytest.raises(IndexError):
         counted.message(len(counted))
+
+
+def test_archives_take_turns(monkeypatch):
+    monkeypatch.setattr("benchmarks.hostile.ASTRAY", 0.0)
+    three = [*TARGETS, replace(TARGETS[0], name="orca"), replace(TARGETS[0], name="talent")]
+    counted = Plan.make(three, 7, requests=84, bombs=3)
+    got = Counter((m.kind, m.model) for m in map(counted.message, range(len(counted))) if m.group == BOMB)
+    assert {got["bomb: 2 GHz", name] for name in ("cough", "orca", "talent")} == {1}
+    assert got["bomb: 4 Gpx JPEG", "portrait"] == 3
 
 
 def test_kinds_of_files_that_nobody_reads_are_left_out(files):
@@ -504,14 +514,14 @@ def make_crowd(tmp_path: Path, archive: Archive, plan: Plan, failing: str, answe
 @pytest.fixture
 def counted(plan: Plan) -> Plan:
     names = ["JSON: one key twice", "gRPC: no input", "form: nothing"] * 20
-    return replace(plan, order=names)
+    return replace(plan, order=[(name, number // 3) for number, name in enumerate(names)])
 
 
 def test_a_crowd_sends_every_request_once(tmp_path, archive, counted, monkeypatch):
     one = replace(archive, references=replace(archive.references, entries=archive.references.entries[:1]))
     crowd = make_crowd(tmp_path, one, counted, "gRPC: no input", Answer(200, body_of(0.75), 0.01), monkeypatch)
     phase = crowd.run(CROWD, 2, 3, 60.0, lambda elapsed: None)
-    assert Counter(each.kind for each in phase.sent) == dict.fromkeys(counted.order, 20)
+    assert Counter(each.kind for each in phase.sent) == Counter(name for name, _ in counted.order)
     assert crowd.defects.counts == {"wrong status": 20}
     assert {canary.outcome for canary in phase.canaries} == {"right"}
     (kept,) = {message.kind for folder in tmp_path.iterdir() for message in kept_messages(folder)}
