@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.hostile import Target
 from benchmarks.load import WrongAnswer, deviation
+from benchmarks.messages import PATIENCE_S
 from skewless.core.definition import Definition
 from skewless.core.postprocess import Postprocessor
 from skewless.torchserve.client import Answer, Client
@@ -85,7 +86,14 @@ def check(archive: Archive, number: int, body: Mapping[str, Any]) -> float:
 
 def _alone(send: Callable[..., Answer], **how: Any) -> Callable[[Client, Archive, int], tuple[Answer, float]]:
     def ask(client: Client, archive: Archive, number: int) -> tuple[Answer, float]:
-        answer = send(client, archive.name, archive.references.payloads[number], version=archive.version, **how)
+        answer = send(
+            client,
+            archive.name,
+            archive.references.payloads[number],
+            version=archive.version,
+            timeout=PATIENCE_S,
+            **how,
+        )
         return answer, check(archive, number, answer.body) if answer.status == 200 else 0.0
 
     return ask
@@ -94,7 +102,7 @@ def _alone(send: Callable[..., Answer], **how: Any) -> Callable[[Client, Archive
 def _beside_a_bad_one(client: Client, archive: Archive, number: int) -> tuple[Answer, float]:
     payloads = archive.references.payloads
     files = {"first": payloads[number], "bad": payloads[number][:50], "last": payloads[number]}
-    answer = client.predict_batch_rest(archive.name, files, version=archive.version)
+    answer = client.predict_batch_rest(archive.name, files, version=archive.version, timeout=PATIENCE_S)
     if answer.status != 200:
         return answer, 0.0
     results = answer.body.get("results", {})

@@ -27,7 +27,7 @@ REMEMBERED = 2000  # answered requests, among which are the suspects when a cana
 SUSPECTED_S = 2.0  # before a worker is missed: what was answered earlier did not kill it
 BACKLOG_S = 10.0  # by which callers that keep a pace may be late and still catch up
 
-ALONE, COMPANY, CROWD = "canaries alone", "canaries in company", "hostile crowd"
+WARM_UP, ALONE, COMPANY, CROWD = "warm-up", "canaries alone", "canaries in company", "hostile crowd"
 
 
 @dataclass

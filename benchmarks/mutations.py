@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
+from typing import cast
 
 import av
 import numpy as np
@@ -65,7 +66,9 @@ def _encoded(clip: Clip, container: str, codec: str, rate: int) -> bytes:
     layout = ("mono", "stereo")[len(samples) - 1]
     # bitexact: no serial number drawn at random.
     with av.open(file, "w", format=container, options={"fflags": "+bitexact"}) as output:
-        stream = output.add_stream(codec, rate=rate, layout=layout, options={"flags": "+bitexact"})
+        stream = cast(
+            av.AudioStream, output.add_stream(codec, rate=rate, layout=layout, options={"flags": "+bitexact"})
+        )
         # At the clip's rate or another: what is heard does not matter here.
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
         frame.sample_rate, frame.pts = rate, 0

@@ -31,7 +31,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.canaries import WAYS, Archive
-from benchmarks.crowd import ALONE, COMPANY, CROWD, Crowd, Phase
+from benchmarks.crowd import ALONE, COMPANY, CROWD, WARM_UP, Crowd, Phase
 from benchmarks.defects import Defects, kept_messages, verdict
 from benchmarks.hostile import Plan
 from benchmarks.load import WrongAnswer
@@ -130,7 +130,7 @@ def _phases(crowd: Crowd, canaries: int, hostile: int, seconds: float, calm: flo
 
             return crowd.run(name, callers, others, length, show, **paces)
 
-    run("warm-up", canaries, 0, min(WARM_UP_S, calm))
+    run(WARM_UP, canaries, 0, min(WARM_UP_S, calm))
     run(ALONE, canaries, 0, calm)
     run(COMPANY, canaries + hostile, 0, calm)
     if pace is None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.crowd import ALONE, COMPANY, CROWD, Crowd, Phase, Sent
+from benchmarks.crowd import ALONE, COMPANY, CROWD, WARM_UP, Crowd, Phase, Sent
 from benchmarks.figures import percentiles
 from benchmarks.messages import LEFT, NO_ANSWER
 from benchmarks.workers import Worker, slope
@@ -175,6 +175,8 @@ def _canary_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     found = {(row["phase"], row["model"]): row for row in rows}
     for row in rows:
+        if row["phase"] == WARM_UP:
+            continue
         base = [found.get((name, row["model"]), {}) for name in (ALONE, COMPANY)]
         bases = base if row["phase"] == CROWD else []
         times = [_with_multiples(row, name, bases) for name in ("p50_s", "p99_s", "max_s")]
