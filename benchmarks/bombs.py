@@ -33,17 +33,19 @@ def _tone(count: int) -> bytes:
     return (8000 * np.sin(np.arange(count) / 7)).astype("<i2").tobytes()
 
 
-def _float_wav(level: float, subtype: str = "<f4") -> bytes:
-    samples = (0.3 * np.sin(np.arange(40_000) / 7)).astype(subtype)
-    samples[1000] = level
-    return wav(samples.tobytes(), 16_000, bits=8 * samples.itemsize, form=3)
+def _float_wav(level: float, loud: int = 40_000, subtype: str = "<f4") -> bytes:
+    """2.5 s of a tone of which `loud` samples are at this level."""
+    samples = np.sin(np.arange(40_000) / 7 + 0.1)
+    samples[1000 : 1000 + loud] *= level
+    return wav(samples.astype(subtype).tobytes(), 16_000, bits=8 * np.dtype(subtype).itemsize, form=3)
 
 
-def _silent_flac(seconds: int, rate: int, channels: int) -> bytes:
+def _flat_flac(seconds: int, rate: int, channels: int) -> bytes:
+    """A steady level, which packs as well as silence does, and which nobody refuses for being silent."""
     file = io.BytesIO()
     with soundfile.SoundFile(file, "w", rate, channels, format="FLAC", subtype="PCM_16") as out:
         for _ in range(seconds):
-            out.write(np.zeros((rate, channels), dtype=np.int16))
+            out.write(np.full((rate, channels), 1000, dtype=np.int16))
     return file.getvalue()
 
 
@@ -200,15 +202,16 @@ BOMBS: Mapping[str, Mapping[str, Callable[[], bytes]]] = {
         "50 THz AIFF": _fast_aiff,
         "65,535 channels": partial(wav, bytes(200_000), 16_000, 65_535),
         "1,024 channels": partial(wav, bytes(2048 * 100), 16_000, 1024),
-        "8 channels of 655,350 Hz": partial(_silent_flac, 2, 655_350, 8),
-        "5 hours of FLAC": partial(_silent_flac, 5 * 3600, 8000, 1),
+        "8 channels of 655,350 Hz": partial(_flat_flac, 2, 655_350, 8),
+        "5 hours of FLAC": partial(_flat_flac, 5 * 3600, 8000, 1),
         "5 hours of Opus": partial(_long_opus, 5 * 3600),
         "float 1e17": partial(_float_wav, 1e17),
         "float 1e38": partial(_float_wav, 1e38),
-        "float 1e300": partial(_float_wav, 1e300, "<f8"),
+        "one sample of 1e38": partial(_float_wav, 1e38, 1),
+        "float 1e300": partial(_float_wav, 1e300, subtype="<f8"),
         "float 1e-40": partial(_float_wav, 1e-40),
-        "float NaN": partial(_float_wav, float("nan")),
-        "float infinity": partial(_float_wav, float("-inf")),
+        "float NaN": partial(_float_wav, float("nan"), 1),
+        "float infinity": partial(_float_wav, float("-inf"), 1),
         "5,000 chunks of WAV": _many_chunks,
         "20,000 nested MP4 boxes": _nested_mp4,
         "20,000 nested WebM tags": _nested_webm,
@@ -233,9 +236,9 @@ BOMBS: Mapping[str, Mapping[str, Callable[[], bytes]]] = {
 
 HEAVY: Mapping[str, Mapping[str, Callable[[], bytes]]] = {
     AUDIO: {
-        "299 s of silence": partial(_silent_flac, 299, 8000, 1),
-        "299 s in stereo at 48 kHz": partial(_silent_flac, 299, 48_000, 2),
-        "299 s in 8 channels at 96 kHz": partial(_silent_flac, 299, 96_000, 8),
+        "299 s at 8 kHz": partial(_flat_flac, 299, 8000, 1),
+        "299 s in stereo at 48 kHz": partial(_flat_flac, 299, 48_000, 2),
+        "299 s in 8 channels at 96 kHz": partial(_flat_flac, 299, 96_000, 8),
         "59 minutes of Opus": partial(_long_opus, 59 * 60),
     },
     IMAGE: {

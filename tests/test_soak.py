@@ -130,7 +130,14 @@ def test_bombs_are_what_they_are_called():
         assert (file.samplerate, file.channels, file.frames) == (655_350, 8, 2 * 655_350)
     with soundfile.SoundFile(io.BytesIO(bomb(AUDIO, "5 hours of FLAC"))) as file:
         assert file.frames == 5 * 3600 * 8000
-    assert np.abs(soundfile.read(io.BytesIO(bomb(AUDIO, "float 1e38")), dtype="float32")[0]).max() == np.float32(1e38)
+    for name, level, loud in (
+        ("float 1e38", 1e38, 39_000),
+        ("float 1e17", 1e17, 39_000),
+        ("one sample of 1e38", 1e38, 1),
+    ):
+        samples = np.abs(soundfile.read(io.BytesIO(bomb(AUDIO, name)), dtype="float32")[0])
+        assert np.isfinite(samples).all() and (samples > 1).sum() == loud
+        assert 0.1 * level < samples.max() <= level, name
     assert soundfile.read(io.BytesIO(bomb(AUDIO, "5,000 chunks of WAV")))[0].shape == (16_000,)
     for name, pixels in (("400 Mpx PNG", 4e8), ("4 Gpx JPEG", 4.2e9), ("268 Mpx WebP", 2.6e8), ("49 Mpx PNG", 4.9e7)):
         width, height = _claimed(bomb(IMAGE, name))
