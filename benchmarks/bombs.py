@@ -234,6 +234,15 @@ BOMBS: Mapping[str, Mapping[str, Callable[[], bytes]]] = {
     },
 }
 
+# Those of which no answer is a prediction: no recording has such a rate, so many channels or such levels.
+NEVER = frozenset(
+    (
+        *("0 Hz", "1 Hz", "30 MHz", "2 GHz", "50 THz AIFF", "65,535 channels", "1,024 channels"),
+        *("float 1e17", "float 1e38", "one sample of 1e38", "float 1e300", "float NaN", "float infinity"),
+        "2**62 px PNG",
+    )
+)
+
 HEAVY: Mapping[str, Mapping[str, Callable[[], bytes]]] = {
     AUDIO: {
         "299 s at 8 kHz": partial(_flat_flac, 299, 8000, 1),

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.messages import GRPC, HTTP, LEFT, NO_ANSWER, Message, is_json
+from benchmarks.messages import GOOD, GRPC, HTTP, LEFT, NO_ANSWER, Message, is_json
 from skewless.core.files import atomic
 from skewless.torchserve.client import Answer
 
@@ -25,11 +25,10 @@ LISTED = 1000
 FORM_PARSER = ("ErrorDataDecoderException", "NotEnoughDataDecoderException", "StringIndexOutOfBoundsException")
 
 
-def bodies(answer: Answer) -> list[Mapping[str, Any]]:
-    """The answer's body and, where several files were asked about, each file's."""
+def _files(answer: Answer) -> dict[str, Any]:
+    """Where several files were asked about, each one's body by its name."""
     results = answer.body.get("results")
-    files = list(results.values()) if isinstance(results, dict) else []
-    return [answer.body, *(body for body in files if isinstance(body, dict))]
+    return {name: body for name, body in results.items() if isinstance(body, dict)} if isinstance(results, dict) else {}
 
 
 def is_busy(body: Mapping[str, Any]) -> bool:
@@ -56,10 +55,15 @@ def verdict(message: Message, answer: Answer) -> str | None:
         return f"{answer.status}: {answer.body.get('message')}"
     if answer.status == 200 and not is_json(answer):
         return f"200 without a JSON object: {str(answer.body.get('message'))[:100]}"
-    for body in bodies(answer)[1:]:
+    files = _files(answer)
+    for body in files.values():
         code = body.get("code")
         if isinstance(code, int) and code >= 500 and not is_busy(body):
             return f"{code} for one file of several: {body.get('message')}"
+    if message.refused and answer.status == 200:
+        asked = [body for name, body in files.items() if name != GOOD] or [answer.body]
+        if any("code" not in body for body in asked):
+            return "200 to what has to be refused"
     return None
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
-from benchmarks.bombs import BOMBS, HEAVY, bomb
-from benchmarks.messages import GRPC, HTTP, Message, grpc_data
+from benchmarks.bombs import BOMBS, HEAVY, NEVER, bomb
+from benchmarks.messages import GOOD, GRPC, HTTP, Message, grpc_data
 from benchmarks.mutations import MUTATIONS, make_files, mutate
 
 BOUNDARY = b"soak-7f3a9c"
@@ -115,7 +115,7 @@ def upload(target: Target, data: bytes, rng: Random) -> Message:
     if draw < 0.85:
         return grpc_inputs(target, {"data": data})
     # Beside a good one, and twice.
-    return form(target, part(b"files.good", target.file), *(part(b"files.%d" % n, data) for n in range(2)))
+    return form(target, part(b"files." + GOOD.encode(), target.file), *(part(b"files.%d" % n, data) for n in range(2)))
 
 
 # --- what is wrong with a request, not with its file -------------------------------------------------------------------
@@ -480,14 +480,15 @@ def _mutated(files: Files, reads: str, format_: str, mutation: str, target: Targ
 
 
 def _bomb(reads: str, name: str, target: Target, rng: Random) -> Message:
-    return upload(target, bomb(reads, name), rng)
+    return replace(upload(target, bomb(reads, name), rng), refused=name in NEVER)
 
 
 def _crowd_of_bombs(reads: str, target: Target, rng: Random) -> Message:
     """As many as one request may have, or as fit."""
-    data = bomb(reads, rng.choice(list(BOMBS[reads])))
+    name = rng.choice(list(BOMBS[reads]))
+    data = bomb(reads, name)
     count = max(1, min(64, 60_000_000 // len(data)))
-    return form(target, *(part(b"files.%d" % n, data) for n in range(count)))
+    return replace(form(target, *(part(b"files.%d" % n, data) for n in range(count))), refused=name in NEVER)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from skewless.torchserve.client import HTTP_STATUS, MAX_MESSAGE_BYTES, MESSAGES,
 from skewless.torchserve.server import Server
 
 HTTP, GRPC = "HTTP", "gRPC"
+GOOD = "good"
 # Statuses of requests without an answer: the server gave none, or the caller left before it came.
 NO_ANSWER, LEFT = 0, 499
 # Longer than any answer may take: a batch has at most its responseTimeout, and few batches wait before one.
@@ -39,6 +40,7 @@ class Message:
     seconds: over which the data are sent, in pieces; 0 sends them at once. HTTP only.
     stop_after: how many bytes are sent before the caller closes the connection and leaves; None waits for the answer.
     owed: whether the server owes an answer. It does not to a caller that breaks HTTP itself or sends more than it takes.
+    refused: whether nothing but a refusal is right; a file named GOOD among several is answered all the same.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Message:
     seconds: float = 0.0
     stop_after: int | None = None
     owed: bool = True
+    refused: bool = False
 
     def write(self, folder: Path, name: str) -> None:
         """Write `name`.bin, exactly what is sent, and `name`.json with the rest, into `folder`."""

@@ -24,7 +24,7 @@ import soundfile
 from PIL import Image
 
 from benchmarks import soak
-from benchmarks.bombs import BOMBS, HEAVY, bomb, wav
+from benchmarks.bombs import BOMBS, HEAVY, NEVER, bomb, wav
 from benchmarks.canaries import Archive, check
 from benchmarks.crowd import CROWD, Canary, Crowd, Pace, Phase, Sent
 from benchmarks.defects import KEPT_OF_A_SORT, Defect, Defects, kept_messages, verdict
@@ -404,6 +404,28 @@ def test_what_is_refused_before_a_handler_sees_it_is_none():
     unknown = Answer(500, {"code": 500, "type": "UNKNOWN", "message": ""}, 0.1)
     assert verdict(replace(ASKED, protocol=GRPC, owed=False), unknown) is None
     assert verdict(replace(ASKED, protocol=GRPC), unknown) == "500: "
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"label": "good"}, "200 to what has to be refused"),
+        ({"results": {"good": {"x": 1}, "0": {"x": 1}, "1": {"code": 400}}}, "200 to what has to be refused"),
+        ({"results": {"good": {"x": 1}, "0": {"code": 413}, "1": {"code": 400}}}, None),
+    ],
+)
+def test_what_is_no_recording_has_to_be_refused(body: dict, said: str | None):
+    bomb_ = replace(ASKED, refused=True)
+    assert verdict(bomb_, Answer(200, body, 0.1)) == said
+    assert verdict(bomb_, Answer(413, {"code": 413}, 0.1)) is None
+    assert verdict(ASKED, Answer(200, body, 0.1)) is None
+
+
+def test_files_that_nobody_could_record_are_marked(plan: Plan):
+    message = plan.kinds["bomb: 2 GHz"].build(TARGETS[0], Random(1))
+    assert message.refused
+    assert not plan.kinds["bomb: 5,000 chunks of WAV"].build(TARGETS[0], Random(1)).refused
+    assert {name for reads in BOMBS for name in BOMBS[reads]} >= NEVER
 
 
 @pytest.fixture
