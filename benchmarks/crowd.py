@@ -142,7 +142,8 @@ class Crowd:
                 phase.over.set()
                 self.server.stop()
                 raise
-        phase.ended = self.now()
+            finally:
+                phase.ended = self.now()
         return phase
 
     def _look_while(self, callers: Sequence[Future[None]]) -> None:

@@ -33,6 +33,7 @@ def summarize(crowd: Crowd) -> dict[str, Any]:
             for a in crowd.archives
         ],
         "elapsed_s": round(crowd.now(), 1),
+        "planned": len(crowd.plan) or None,
         "phases": [{"name": p.name, "began_s": p.began, "ended_s": p.ended, "sent": len(p.sent)} for p in crowd.phases],
         "canaries": [row for phase in crowd.phases for row in _canary_rows(phase)],
         "groups": _statuses(sent, "group"),
@@ -127,10 +128,11 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     verdict = "no defect" if not count else f"{count:,} defects: " + ", ".join(
         f"{number:,} {what}" for what, number in sorted(report["defect_counts"].items())
     )  # fmt: skip
+    planned = "" if report["planned"] in (None, sent) else f" (of {report['planned']:,} planned)"
     archives = ", ".join(f"{each['model']} {each['version']}" for each in report["archives"])
     lines = [
-        f"{about['cpu']}, {about['cores']} cores, {about['memory_mb']:,} MB. Archives: {archives}. {sent:,} hostile requests and "
-        f"{asked:,} canaries in {report['elapsed_s']:,.0f} s, {report['arguments']['concurrency']} at once, seed "
+        f"{about['cpu']}, {about['cores']} cores, {about['memory_mb']:,} MB. Archives: {archives}. {sent:,} hostile "
+        f"requests{planned} and {asked:,} canaries in {report['elapsed_s']:,.0f} s, {report['arguments']['concurrency']} at once, seed "
         f"{report['arguments']['seed']}: **{verdict}**.",
         "",
         *_canary_table(report["canaries"]),

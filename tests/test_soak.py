@@ -691,6 +691,7 @@ def test_the_report_says_what_was_seen(tmp_path, archive, monkeypatch, counted):
     assert report["workers"][0]["slope_mb_per_h"] == pytest.approx(3600.0)
     text = as_markdown(report)
     assert "**1 defects: 1 wrong status**" in text
+    assert "2 hostile requests (of 60 planned) and 150 canaries" in text
     assert "| bombs | 2 | 200: 1, none: 1 | 7.5 |" in text
     assert "| hostile crowd | talent | 50 | 0 | 0 | 0 | 0.0e+00 | 0.30 (3.0, 1.5) |" in text
     assert "| 100 | 300 |  | +3600 ± 0 |" in text
