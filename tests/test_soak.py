@@ -49,6 +49,7 @@ from skewless.core.stages.decode import identify as identify_audio
 from skewless.core.stages.image import identify as identify_image
 from skewless.packaging.build import build_archive
 from skewless.torchserve.client import MESSAGES, Answer
+from skewless.torchserve.server import Server, TokenKind
 from skewless.torchserve.smoke import References
 from tests.conftest import OTHERS, Demonstration
 from tests.demonstration import trained
@@ -738,8 +739,16 @@ def archives(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFact
     return [demonstration.archive, *(each.archive for each in made)]
 
 
-def test_two_minutes_of_a_hostile_crowd(archives: list[Path], tmp_path, capsys):
+def test_two_minutes_of_a_hostile_crowd(archives: list[Path], tmp_path, monkeypatch, capsys):
     """No worker dies, every canary is answered right, no answer says that the server failed."""
+    tokens = set()
+    own = Server.token
+
+    def token(server: Server, kind: TokenKind) -> str:
+        tokens.add(own(server, kind))
+        return own(server, kind)
+
+    monkeypatch.setattr(Server, "token", token)
     names = ["cough", *OTHERS]
     given = [word for path in archives for word in ("--archive", str(path))]
     given += [word for name in names for word in ("--worker-mb", f"{name}={WORKER_MB}")]
@@ -759,3 +768,6 @@ def test_two_minutes_of_a_hostile_crowd(archives: list[Path], tmp_path, capsys):
     assert (tmp_path / "soak.md").read_text(encoding="utf-8") in printed.out
     assert (tmp_path / "soak.png").stat().st_size > 5000
     assert not (tmp_path / "defects").exists()
+    assert tokens
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not [each for each in tokens if each.encode() in written]
