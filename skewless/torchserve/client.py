@@ -89,8 +89,8 @@ class Client:
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ],
         )
-        self._ping = self._rpc("Ping", empty_pb2.Empty, _MESSAGES["TorchServeHealthResponse"])
-        self._predict = self._rpc("Predictions", _MESSAGES["PredictionsRequest"], _MESSAGES["PredictionResponse"])
+        self._ping = self._rpc("Ping", empty_pb2.Empty, MESSAGES["TorchServeHealthResponse"])
+        self._predict = self._rpc("Predictions", MESSAGES["PredictionsRequest"], MESSAGES["PredictionResponse"])
 
     def __enter__(self) -> Client:
         return self
@@ -241,7 +241,7 @@ class Client:
         timeout: float,
     ) -> Answer:
         named = {key: value.encode() if isinstance(value, str) else value for key, value in (inputs or {}).items()}
-        request = _MESSAGES["PredictionsRequest"](model_name=model, model_version=version or "", input=files | named)
+        request = MESSAGES["PredictionsRequest"](model_name=model, model_version=version or "", input=files | named)
         answer = self._authorised(lambda token: self._call(self._predict, request, "prediction", token, timeout))
         code = answer.body.get("code")
         return answer if code is None else Answer(int(code), answer.body, answer.seconds)
@@ -321,4 +321,4 @@ def _messages(proto: Path) -> dict[str, Any]:
     }
 
 
-_MESSAGES = _messages(PROTO)
+MESSAGES = _messages(PROTO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -20,6 +21,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 from skewless.core.stages.stage import InputError, Payload, PipelineError, Signal, Stage, Tolerance
 
 FORMATS = "JPEG, PNG or WebP"
+# Each costs the decoder a pass over all pixels and a file some twenty bytes. Programs write 1 to 15 of them.
+MOST_SCANS = 100
 
 # Between libjpeg-turbo and FFmpeg's decoder, colour planes unreduced: mean 0.06, largest 3. Planes enlarged in another way
 # are another picture (mean 1 to 14) and not within this.
@@ -44,7 +47,7 @@ class DecodeImage(Stage, name="decode_image"):
 
     Raises InputError: "unsupported" for what is none of these formats; "malformed" for an empty, damaged or truncated
     file, and for a picture smaller than `min_side`; "too_large" for more pixels than `Payload.max_pixels`, by the file's
-    header, before memory is taken for them.
+    header, before memory is taken for them, and for a JPEG of more than MOST_SCANS scans.
     """
 
     reads: ClassVar[str] = "image"
@@ -217,7 +220,25 @@ def _open(payload: Payload, kind: str) -> ImageFile:
         _check_size(_webp_size(payload.data), payload)
     image = _READERS[kind](io.BytesIO(payload.data))
     _check_size(image.size, payload)
+    if kind == "JPEG" and (scans := _scans(payload.data)) > MOST_SCANS:
+        raise InputError(
+            f"the JPEG sends its picture in {scans:,} scans, at most {MOST_SCANS} are accepted; save it again",
+            "too_large",
+        )
     return image
+
+
+# A marker that a length follows (ITU-T T.81, B.1.1.3): no stuffed zero, no restart, no start of an image, no fill byte.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has before its end; what its segments hold and what follows its end is not looked at."""
+    found, at = 0, 2
+    while (marker := _MARKER.search(data, at)) and marker[0] != b"\xff\xd9":
+        found += marker[0] == b"\xff\xda"
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return found
 
 
 def _check_size(size: tuple[int, int], payload: Payload) -> None:
