@@ -10,11 +10,13 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import stat
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,10 @@ class Scorer:
         load_error.check_own_code(str(folder))
         # Before the archive's numeric policy, which may set another number, and before runtimes that take it over.
         torch.set_num_threads(threads)
-        self._service = ModelService.load(folder, choose_device(None))
+        service = ModelService.load(folder, choose_device(None))
+        # Nobody waits beside a file here, so no answer may depend on how fast the machine is.
+        limits = replace(service.limits, max_read_s=math.inf, max_batch_s=math.inf)
+        self._service = replace(service, definition=replace(service.definition, limits=limits))
         self._limits, self._refuse_large = self._service.limits, refuse_large
         self._reasons = _Reasons()
         logging.getLogger("skewless").addHandler(self._reasons)

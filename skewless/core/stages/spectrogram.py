@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar, Literal
 
 import torch
@@ -51,18 +51,10 @@ class Mel(Stage, name="mel"):
     def window(self) -> torch.Tensor:
         return torch.hann_window(self.win_length)
 
-    @cached_property
-    def _filterbanks(self) -> dict[int, torch.Tensor]:
-        return {}
-
     def filterbank(self, rate: int) -> torch.Tensor:
         """The mel filterbank for a sampling rate in Hz: `(n_fft // 2 + 1, n_mels)`."""
-        if rate not in self._filterbanks:
-            norm = None if self.norm == "none" else self.norm
-            self._filterbanks[rate] = AF.melscale_fbanks(
-                self.n_fft // 2 + 1, self.f_min, self.f_max, self.n_mels, rate, norm, self.mel_scale
-            )
-        return self._filterbanks[rate]
+        norm = None if self.norm == "none" else self.norm
+        return _filterbank(self.n_fft // 2 + 1, self.f_min, self.f_max, self.n_mels, rate, norm, self.mel_scale)
 
     def __call__(self, signal: Signal) -> Signal:
         spectrum = AF.spectrogram(
@@ -77,6 +69,14 @@ class Mel(Stage, name="mel"):
         )
         filterbank = self.filterbank(self.rate or signal.sampling_rate)
         return signal.of(torch.matmul(spectrum.transpose(-1, -2), filterbank).transpose(-1, -2))
+
+
+# Bounded: with `rate: 0` it is the recordings' own rates, which their senders choose.
+@lru_cache(maxsize=32)
+def _filterbank(
+    bins: int, f_min: float, f_max: float, n_mels: int, rate: int, norm: str | None, mel_scale: str
+) -> torch.Tensor:
+    return AF.melscale_fbanks(bins, f_min, f_max, n_mels, rate, norm, mel_scale)
 
 
 @dataclass(frozen=True)
