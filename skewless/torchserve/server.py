@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -346,13 +347,26 @@ class Server:
         if 400 <= answer.status_code < 500:
             raise UsageError(f"TorchServe refused {archive.name}: {_message(answer)}")
         if answer.status_code >= 500:
-            raise LoadError(_message(answer))
+            raise LoadError(f"{_message(answer)}: {self._why_not_unpacked(archive)}")
         self._wait_until_loaded(path, reason_file, deadline)
         if workers is not None:
             # The archive's minWorkers wins over a registration's initial_workers, so scale afterwards.
             scale: dict[str, str | int] = {"min_worker": workers, "max_worker": workers, "synchronous": "false"}
             self.manage("PUT", path, scale, expect=(200, 202))
             self._wait_until_loaded(path, reason_file, deadline, workers)
+
+    def _why_not_unpacked(self, archive: Path) -> str:
+        """What TorchServe leaves out when it says that it failed to save a model."""
+        with zipfile.ZipFile(archive) as mar:
+            try:
+                damaged = mar.testzip()
+            except (zipfile.BadZipFile, zlib.error) as error:
+                damaged = str(error)
+            size = sum(member.file_size for member in mar.infolist())
+        if damaged:
+            return f"the archive is damaged ({damaged}); copy it again, or build it again"
+        free = shutil.disk_usage(self.state_dir).free
+        return f"it unpacks to {size / 1e6:.0f} MB, and the disk of {self.state_dir} has {free / 1e6:.0f} MB free"
 
     def _wait_until_loaded(self, path: str, reason_file: Path, deadline: float, workers: int | None = None) -> None:
         """Return when every worker of a version is ready. Raises LoadError when one is not going to be, ServerError after
