@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -222,6 +223,30 @@ def test_a_disk_without_room_is_told_and_nothing_is_left(tmp_path: Path):
 
 
 @pytest.mark.chain
+def test_a_disk_that_hangs_stops_no_answer(archive: Path, canaries: Canaries, tmp_path: Path):
+    """Logs that nobody takes, as on a disk that does not answer any more: pipes that are opened and not read."""
+    logs = tmp_path / "state" / "logs"
+    module._claim(logs.parent)
+    logs.mkdir()
+    opened = []
+    for name in ("ts_log.log", "access_log.log", "model_log.log"):
+        os.mkfifo(logs / name)
+        opened.append(os.open(logs / name, os.O_RDONLY | os.O_NONBLOCK))
+    served = Server.start(archive.parent, logs.parent, ports="free")
+    try:
+        served.register(archive)
+        with Callers(served, canaries) as callers:
+            # A pipe takes 64 KiB, and each request logs about one.
+            callers.wait_for(200)
+        assert (callers.seen.wrong, callers.seen.lost) == (0, 0), callers.seen
+        assert served.status()["health"] == "Healthy"
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        served.stop()
+
+
+@pytest.mark.chain
 def test_tokens_outlive_a_full_disk(running: Server, archive: Path, tmp_path: Path, monkeypatch):
     """TorchServe keeps its keys in one file only: a renewal that it cannot write would end them all."""
     try:
@@ -245,6 +270,24 @@ def test_tokens_outlive_a_full_disk(running: Server, archive: Path, tmp_path: Pa
                 served.stop()
     except PermissionError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.chain
+def test_a_disk_that_becomes_read_only_stops_no_answer(running: Server, canaries: Canaries, monkeypatch):
+    """For what is opened from now on: the kernel allows no more while a server has its logs open."""
+    folder = str(running.state_dir)
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        with Callers(running, canaries, 4) as callers:
+            callers.wait_for(12)
+        assert (callers.seen.wrong, callers.seen.lost) == (0, 0), callers.seen
+        monkeypatch.setattr(module, "RENEW_BEFORE_S", 2 * 3600.0)
+        with pytest.raises(ServerError, match=r"cannot be written: Read-only file system; make room"):
+            running.token("inference")
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.chain
