@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,18 @@ import pytest
 import skewless.torchserve.retrain as module
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.packaging.build import Built
-from skewless.torchserve.retrain import STATUS, Status, check_version, merged, next_version, read_status
+from skewless.packaging.reservation import Reservation, reserved, version_file
+from skewless.torchserve.retrain import (
+    STATUS,
+    Status,
+    check_version,
+    merged,
+    next_version,
+    read_status,
+    reserve_folder,
+    reserve_version,
+)
+from skewless.torchserve.store import archives, listing
 from skewless.training.config import Config
 from skewless.training.manifest import ManifestError
 from tests.conftest import ROOT, call_skewless
@@ -124,44 +137,222 @@ def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...], message: str, t
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("fault", ["register", "smoke"])
-def test_a_failed_retraining_leaves_nothing_that_would_be_served(tmp_path: Path, monkeypatch, fault: str):
-    """Training, evaluation and building stand aside here: what matters is what becomes of their archive."""
-    store, registered = tmp_path / "store", []
-    store.mkdir()
+# --- what is served, wherever a retraining ends -----------------------------------------------------------------------
 
-    def build(*_, **__):
-        (store / "talent-2.0.mar").write_bytes(b"archive")
-        return Built(store / "talent-2.0.mar", ())
 
-    def register(archive, default):
-        registered.append({"name": "talent", "version": "2.0", "default": default})
-        if fault == "register":
-            registered.clear()
-            raise LoadError("the self-test failed")
-        return registered[-1]
+class Registry:
+    """A server, as far as retraining asks it. seen: the store's archives that a restart would serve, at each step."""
 
-    row = SimpleNamespace(path="gRPC", passed=False, max_dp=1.0)
-    for name, stand_in in {
+    def __init__(self, folder: Path):
+        self.model_store = folder / "store"
+        self.model_store.mkdir()
+        self.rows: list[dict] = []
+        self.seen: list[list[str]] = []
+
+    def models(self) -> list[dict]:
+        return self.rows
+
+    def register(self, archive: Path, default: bool) -> dict:
+        assert archive.is_file() and archive.parent == self.model_store
+        self.seen.append([path.name for path in archives(self.model_store)])
+        self.rows.append(
+            {"name": "talent", "version": "2.0", "default": default, "archive": archive.name, "workers": []}
+        )
+        return self.rows[-1]
+
+    def unregister(self, name: str, version: str) -> None:
+        (row,) = [row for row in self.rows if (row["name"], row["version"]) == (name, version)]
+        self.rows.remove(row)
+
+
+def retrain(folder: Path, server: Registry, monkeypatch: pytest.MonkeyPatch, **stand_ins) -> dict:
+    """Training, evaluation, building and the smoke test stand aside here: what matters is what becomes of the archive."""
+
+    def build(archive, checkpoint, evaluation, version, out, **_):
+        out.mkdir()
+        (out / f"talent-{version}.mar").write_bytes(b"archive")
+        return Built(out / f"talent-{version}.mar", ())
+
+    row = SimpleNamespace(path="gRPC", passed=True, max_dp=0.0)
+    usual = {
         "fit": lambda *_, **__: {},
         "evaluate": lambda *_: {},
         "build_archive": build,
         "smoke_test": lambda *_: [row],
-    }.items():
+    }
+    for name, stand_in in (usual | stand_ins).items():
         monkeypatch.setattr(module, name, stand_in)
-    server = SimpleNamespace(
-        model_store=store,
-        register=register,
-        models=lambda: registered,
-        unregister=lambda name, version: registered.remove({"name": name, "version": version, "default": False}),
-    )
     archive = ROOT / "archive" / "talent"
+    return module.retrain(archive, [], Config(), "2.0", folder / "run", server, folder / "cache")
+
+
+def test_an_archive_appears_in_the_store_once_it_is_proved(tmp_path: Path, monkeypatch):
+    server = Registry(tmp_path)
+    result = retrain(tmp_path, server, monkeypatch)
+    assert (result["archive"], result["default"]) == ("talent-2.0.mar", False)
+    # It was registered twice: hidden, to be proved, and then as what it is called.
+    assert server.seen == [[], ["talent-2.0.mar"]]
+    assert [row["archive"] for row in server.rows] == ["talent-2.0.mar"]
+    assert [path.name for path in server.model_store.iterdir()] == ["talent-2.0.mar"]
+
+
+@pytest.mark.parametrize("fault", ["register", "smoke", "publish"])
+def test_a_failed_retraining_leaves_nothing_that_would_be_served(tmp_path: Path, monkeypatch, fault: str):
+    server, register = Registry(tmp_path), Registry.register
+    refused = {"register": 0, "publish": 1}.get(fault)
+
+    def refuse(self: Registry, archive: Path, default: bool) -> dict:
+        if len(self.seen) == refused:
+            raise LoadError("the self-test failed")
+        return register(self, archive, default)
+
+    monkeypatch.setattr(Registry, "register", refuse)
+    row = SimpleNamespace(path="gRPC", passed=fault != "smoke", max_dp=1.0)
     with pytest.raises(ServerError):
-        module.retrain(archive, [], Config(), "2.0", tmp_path / "run", server, tmp_path / "cache")
-    assert (list(store.iterdir()), registered) == ([], [])
+        retrain(tmp_path, server, monkeypatch, smoke_test=lambda *_: [row])
+    assert (list(server.model_store.iterdir()), server.rows) == ([], [])
     status = read_status(tmp_path / "run")
-    assert (status.state, status.step) == (
-        "failed",
-        {"register": "registering", "smoke": "proving what is served"}[fault],
-    )
-    assert {"register": "self-test failed", "smoke": "smoke test failed for gRPC"}[fault] in status.message
+    steps = {"register": "registering", "smoke": "proving what is served", "publish": "publishing"}
+    assert (status.state, status.step) == ("failed", steps[fault])
+    assert ("smoke test failed for gRPC" if fault == "smoke" else "self-test failed") in status.message
+
+
+def test_a_failure_is_told_though_its_server_is_gone(tmp_path: Path, monkeypatch):
+    server = Registry(tmp_path)
+
+    def gone() -> list[dict]:
+        raise ServerError("no connection")
+
+    def prove(*_: object) -> None:
+        server.models = gone
+        raise ServerError("the smoke test failed")
+
+    with pytest.raises(ServerError, match="the smoke test failed; unregistering it failed, too: no connection"):
+        retrain(tmp_path, server, monkeypatch, smoke_test=prove)
+    assert list(server.model_store.iterdir()) == []
+
+
+def test_an_archive_that_someone_else_put_there_is_left_alone(tmp_path: Path, monkeypatch):
+    server = Registry(tmp_path)
+
+    def prove(*_: object) -> list:
+        (server.model_store / "talent-2.0.mar").write_bytes(b"another")
+        return []
+
+    with pytest.raises(ServerError, match=r"talent-2\.0\.mar was put there meanwhile"):
+        retrain(tmp_path, server, monkeypatch, smoke_test=prove)
+    assert [path.read_bytes() for path in server.model_store.iterdir()] == [b"another"]
+    assert server.rows == []
+
+
+def kill(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("step", ["build_archive", "register", "smoke_test", "unregister"])
+def test_a_killed_retraining_leaves_nothing_that_a_restart_would_serve(tmp_path: Path, monkeypatch, step: str):
+    server = Registry(tmp_path)
+
+    def killed() -> None:
+        stand_ins = {step: kill} if step in ("build_archive", "smoke_test") else {}
+        if not stand_ins:
+            setattr(server, step, kill)
+        _, held = reserve_version(server, "talent", "2.0")
+        folder = reserve_folder(tmp_path / "run")
+        retrain(tmp_path, server, monkeypatch, **stand_ins)
+        folder.release()
+        held.release()
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    left = [path.name for path in server.model_store.iterdir() if path.suffix == ".mar"]
+    assert left == ([] if step == "build_archive" else [".talent-2.0.unproved.mar"])
+    assert archives(server.model_store) == [] and listing(server.model_store) == []
+    assert next_version(server, "talent") == "1.0"
+
+    # The next one may have the same version and folder, and removes what is left: also from the server.
+    server.rows = [{"name": "talent", "version": "2.0", "archive": name, "default": False} for name in left]
+    version, held = reserve_version(server, "talent", "2.0")
+    reserve_folder(tmp_path / "run").release()
+    held.release()
+    assert (version, server.rows, list(server.model_store.iterdir())) == ("2.0", [], [])
+
+
+def test_what_is_being_proved_is_listed_as_such(tmp_path: Path):
+    row = {"name": "talent", "version": "2.0", "archive": ".talent-2.0.unproved.mar", "default": False, "workers": []}
+    (listed,) = listing(tmp_path, [row])
+    assert (listed.version, listed.problem) == ("2.0", "not proved yet")
+
+
+# --- two at once ------------------------------------------------------------------------------------------------------
+
+
+def reserve_and_wait(store: Path, taken: multiprocessing.Queue, done: multiprocessing.Event) -> None:
+    server = SimpleNamespace(models=list, model_store=store)
+    taken.put(reserve_version(server, "talent")[0])
+    done.wait(60)
+
+
+def test_retrainings_at_once_choose_different_versions(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    taken, done = context.Queue(), context.Event()
+    processes = [context.Process(target=reserve_and_wait, args=(tmp_path, taken, done)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    try:
+        assert sorted(taken.get(timeout=60) for _ in processes) == ["1.0", "2.0", "3.0", "4.0"]
+        server = SimpleNamespace(models=list, model_store=tmp_path)
+        with pytest.raises(UsageError, match=r"another process is building or retraining talent 3\.0; choose another"):
+            reserve_version(server, "talent", "3.0")
+        with (
+            pytest.raises(UsageError, match="another process is building or retraining"),
+            reserved(tmp_path, "talent", "1.0"),
+        ):
+            pass
+    finally:
+        # Without a word to them: the kernel frees what they had.
+        for process in processes:
+            process.kill()
+            process.join()
+    assert reserve_version(server, "talent", "3.0")[0] == "3.0"
+    assert reserve_version(server, "talent")[0] == "1.0"
+
+
+def test_one_run_has_a_folder(tmp_path: Path):
+    out = tmp_path / "run"
+    held = reserve_folder(out)
+    with pytest.raises(UsageError, match=r"a retraining is running in .*; choose another --version or --out"):
+        reserve_folder(out)
+    Status("2.0", os.getpid()).write(out, state="failed")
+    held.release()
+    reserve_folder(out).release()
+    Status("2.0", os.getpid()).write(out, state="succeeded")
+    with pytest.raises(UsageError, match="already holds a retraining"):
+        reserve_folder(out)
+    (tmp_path / "notes").write_text("precious")
+    with pytest.raises(UsageError, match="holds other files, such as notes"):
+        reserve_folder(tmp_path)
+    with pytest.raises(UsageError, match="cannot be made"):
+        reserve_folder(tmp_path / "notes")
+
+
+def test_a_reservation_is_passed_on_without_a_gap(tmp_path: Path):
+    path = version_file(tmp_path, "talent", "2.0")
+    held = Reservation.take(path)
+    assert held and Reservation.take(path) is None
+    line = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, pass_fds=[held.descriptor]) as process:
+        held.hand_over()
+        assert Reservation.take(path) is None
+        process.kill()
+    again = Reservation.take(path)
+    assert again
+    passed = Reservation.inherited(path, os.dup(again.descriptor))
+    again.hand_over()
+    assert Reservation.take(path) is None
+    passed.release()
+    assert list(tmp_path.iterdir()) == []
+    with open(ROOT / "README.md") as other, pytest.raises(UsageError, match="is no reservation of"):
+        Reservation.inherited(path, other.fileno())

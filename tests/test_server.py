@@ -303,7 +303,12 @@ def test_servers_live_side_by_side_and_leave_nothing_running(running: Server, tm
         done = run_skewless("serve", "stop", *state, check=False)
     assert done.returncode == 0, done.stderr
     assert not [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
-    assert sorted(file.name for file in second.state_dir.iterdir()) == ["load-errors", "lock", "logs"]
+    assert sorted(file.name for file in second.state_dir.iterdir()) == [
+        ".skewless-server",
+        "load-errors",
+        "lock",
+        "logs",
+    ]
     assert running.status()["health"] == "Healthy"
 
 

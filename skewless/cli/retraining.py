@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from skewless.cli.frame import SERVE, STATE_DIR, Archive, Result, StateDir, app,
 from skewless.errors import ServerError, UsageError
 
 if TYPE_CHECKING:
+    from skewless.packaging.reservation import Reservation
     from skewless.torchserve.server import Server
     from skewless.training.config import Config
     from skewless.training.manifest import Recording
@@ -51,6 +54,9 @@ References = Annotated[
 ]
 Cache = Annotated[Path, typer.Option(metavar="DIR", help="Keeps what preprocessing gave.")]
 CACHE = Path("runs/cache")
+# How `start` passes on the version and the folder that it has reserved: their locks stay held without a gap.
+Descriptor = Annotated[int | None, typer.Option(hidden=True)]
+VERSION_DESCRIPTOR, OUT_DESCRIPTOR = "--version-descriptor", "--out-descriptor"
 
 
 class _Plan(NamedTuple):
@@ -60,6 +66,8 @@ class _Plan(NamedTuple):
     out: Path
     config: Config
     rows: list[Recording]
+    version_held: Reservation
+    out_held: Reservation
 
 
 @command(retrain, "start")
@@ -80,12 +88,11 @@ def start(
     A manifest without a split column has a fifth kept for the test, stratified by label, a group (such as a singer) on
     one side only.
     """
-    from skewless.torchserve.retrain import STATUS, read_status
+    from skewless.torchserve.retrain import LOG, STATUS, read_status
 
     # Here too, although the process checks them again: nobody looks at once at what runs in the background.
     plan = _checked(archive, manifests, recipe, epochs, batch_size, version, out, state_dir)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    (plan.out / STATUS).unlink(missing_ok=True)
+    held = (plan.version_held.descriptor, plan.out_held.descriptor)
     options: dict[str, Any] = {
         "--recipe": recipe,
         "--epochs": epochs,
@@ -95,17 +102,27 @@ def start(
         "--references": references,
         "--cache": cache,
         "--state-dir": state_dir,
+        **dict(zip((VERSION_DESCRIPTOR, OUT_DESCRIPTOR), held, strict=True)),
     }
     given = [(name, value) for name, value in options.items() if value is not None]
     given += [("--manifest", manifest) for manifest in manifests]
     line = [sys.executable, "-m", "skewless", "retrain", "run", str(archive), "--json"]
     line += [str(part) for option in given for part in option]
-    with open(plan.out / "retrain.log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-    while not (plan.out / STATUS).exists() or read_status(plan.out).pid != process.pid:
-        if process.poll() is not None:
-            raise ServerError(f"it ended at once: {(plan.out / 'retrain.log').read_text(encoding='utf-8').strip()}")
-        time.sleep(0.1)
+    process = None
+    try:
+        with open(plan.out / LOG, "w", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=held
+            )
+        while not (plan.out / STATUS).exists() or read_status(plan.out).pid != process.pid:
+            if process.poll() is not None:
+                raise ServerError(f"it ended at once: {(plan.out / LOG).read_text(encoding='utf-8').strip()}")
+            time.sleep(0.1)
+    finally:
+        # A process that runs holds them from now on.
+        runs = process is not None and process.poll() is None
+        for reservation in (plan.version_held, plan.out_held):
+            reservation.hand_over() if runs else reservation.release()
     data = {"model": plan.name, "version": plan.version, "pid": process.pid, "out": plan.out}
     poll = f"skewless retrain status --out {plan.out}"
     return Result(data, f"{plan.name} {plan.version}: process {process.pid}; see how far it is with: {poll}")
@@ -123,12 +140,22 @@ def run(
     references: References = "evaluation",
     cache: Cache = CACHE,
     state_dir: StateDir = STATE_DIR,
+    version_descriptor: Descriptor = None,
+    out_descriptor: Descriptor = None,
 ) -> Result:
     """Retrain as `start` does, and wait for the end."""
     from skewless.torchserve.retrain import retrain as do
 
-    plan = _checked(archive, manifests, recipe, epochs, batch_size, version, out, state_dir)
-    result = do(archive, plan.rows, plan.config, plan.version, plan.out, plan.server, cache, references)
+    # As an exception, so that whoever ends it leaves nothing half-done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    plan = _checked(
+        archive, manifests, recipe, epochs, batch_size, version, out, state_dir, (version_descriptor, out_descriptor)
+    )
+    try:
+        result = do(archive, plan.rows, plan.config, plan.version, plan.out, plan.server, cache, references)
+    finally:
+        plan.version_held.release()
+        plan.out_held.release()
     return Result(result, json.dumps(result, indent=2))
 
 
@@ -152,10 +179,15 @@ def _checked(
     version: str | None,
     out: Path | None,
     state_dir: Path,
+    descriptors: tuple[int | None, int | None] = (None, None),
 ) -> _Plan:
-    """What is to be done, read before anything is written. Raises UsageError or ValueError for what cannot be."""
+    """What is to be done, with its version and its folder reserved, and all read before anything is written.
+
+    descriptors: those of reservations that `start` has passed on. Raises UsageError or ValueError for what cannot be.
+    """
     from skewless.core.definition import Definition
-    from skewless.torchserve.retrain import STATUS, check_version, merged, next_version, read_status
+    from skewless.packaging.reservation import Reservation, version_file
+    from skewless.torchserve.retrain import merged, reserve_folder, reserve_version, run_file
     from skewless.torchserve.server import Server
     from skewless.training.config import config_of
     from skewless.training.recipe import read_recipe
@@ -164,13 +196,23 @@ def _checked(
         raise UsageError(f"there is no manifest {absent[0]}")
     server = Server.attach(state_dir)
     definition = Definition.read(archive)
-    version = version or next_version(server, definition.name)
-    check_version(server, definition.name, version)
-    out = out or Path("runs/retrain", f"{definition.name}-{version}")
-    if (out / STATUS).exists() and read_status(out).state not in ("failed",):
-        raise UsageError(f"{out} already holds a retraining; choose another --version or --out")
-    settings = read_recipe(recipe or archive / "recipe.yaml", "training")
-    given = {"epochs": epochs, "batch_size": batch_size}
-    config = config_of(settings | {name: value for name, value in given.items() if value is not None})
-    rows = merged([(path, path.parent) for path in manifests], definition.classes)
-    return _Plan(server, definition.name, version, out, config, rows)
+    name = definition.name
+    version_descriptor, out_descriptor = descriptors
+    with contextlib.ExitStack() as undo:
+        if version is not None and version_descriptor is not None:
+            held = Reservation.inherited(version_file(server.model_store, name, version), version_descriptor)
+        else:
+            version, held = reserve_version(server, name, version)
+        undo.callback(held.release)
+        settings = read_recipe(recipe or archive / "recipe.yaml", "training")
+        given = {"epochs": epochs, "batch_size": batch_size}
+        config = config_of(settings | {key: value for key, value in given.items() if value is not None})
+        rows = merged([(path, path.parent) for path in manifests], definition.classes)
+        if out is not None and out_descriptor is not None:
+            out_held = Reservation.inherited(run_file(out), out_descriptor)
+        else:
+            out = out or Path("runs/retrain", f"{name}-{version}")
+            out_held = reserve_folder(out)
+        plan = _Plan(server, name, version, out, config, rows, held, out_held)
+        undo.pop_all()
+    return plan

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from skewless import resources
-from skewless.cli.frame import SERVE, STATE_DIR, Result, StateDir, app, command, publish
+from skewless.cli.frame import FAILED, SERVE, STATE_DIR, Result, StateDir, app, command, publish
 from skewless.errors import LoadError, ServerError, UsageError
 
 if TYPE_CHECKING:
@@ -86,26 +86,37 @@ def run(
 ) -> None:
     """Serve every archive of the model store in the foreground, until a signal: for containers.
 
-    Of each model the highest version is the default. The status is printed once every archive is ready.
+    Of each model the highest version that loads is the default. The status is printed once every archive is ready. An archive
+    that does not load is left out, with its reason; the others are served, and the exit code at the end is 1. Where none
+    loads, nothing is served.
     """
     from skewless.torchserve.server import Server
-    from skewless.torchserve.store import by_version
+    from skewless.torchserve.store import archives
 
+    left_out: dict[str, str] = {}
     # As an exception, so that a signal during the start stops what was started, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED if left_out else 0))
     server = Server.start(model_store, state_dir, config, ports)
     try:
-        for archive in sorted(model_store.glob("*.mar"), key=by_version):
+        found = archives(model_store)
+        for archive in found:
             try:
                 server.register(archive, default=True)
-            except LoadError as error:
-                raise ServerError(f"{archive.name} does not load: {error}") from error
-        publish(_status(server))
+            except ServerError as error:
+                if server.process() is None:
+                    raise
+                left_out[archive.name] = str(error)
+                print(f"{archive.name} is left out: {error}", file=sys.stderr)
+        if found and len(left_out) == len(found):
+            raise ServerError(f"no archive of {model_store} loads; the reasons are above")
+        shown = _status(server)
+        text = "\n".join([shown.text, *(f"{'left out':12} {name}: {reason}" for name, reason in left_out.items())])
+        publish(Result(shown.data | {"left_out": left_out}, text))
         while server.process():
             time.sleep(1.0)
         raise ServerError(f"TorchServe has ended, see {server.state_dir / 'logs'}")
     except KeyboardInterrupt:
-        return
+        sys.exit(FAILED if left_out else 0)
     finally:
         server.stop()
 
@@ -126,6 +137,8 @@ def register(
     """
     from skewless.torchserve.server import Server
 
+    # As an exception, so that an interrupted registration is taken back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     server = Server.attach(state_dir)
     try:
         model = server.register(archive, workers, default)

@@ -33,6 +33,7 @@ from skewless.evaluation.scores import service_of
 from skewless.packaging.decision_exact import DecisionExact, summary
 from skewless.packaging.execution import Execution
 from skewless.packaging.references import Choice, check_evaluated, stage_references
+from skewless.packaging.reservation import reserved
 from skewless.training.checkpoint import file_digest, load_checkpoint, network_of, trained
 from skewless.training.untrained import UntrainedError, require_trained
 
@@ -117,7 +118,7 @@ def build_archive(
         **_tuning(definition),
     }
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with reserved(out, name, version), tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch, "staged")
         copy_code(staged)
         copy_definition(definition, staged)

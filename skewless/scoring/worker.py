@@ -113,7 +113,7 @@ class Scorer:
             row |= {"status": answer.status, "body": json.dumps(answer.body, allow_nan=False)}
         except ValueError:
             return row | {
-                "status": 503,
+                "status": 500,
                 "error": "the answer has a number that is not finite, which a server cannot send",
             }
         if answer.status != 200:

@@ -40,6 +40,7 @@ HTTP_STATUS = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
+WORKER_DIED = "Worker died."
 # What REST answers 404 to arrives as INTERNAL over gRPC.
 NOT_FOUND = ("ModelNotFoundException", "ModelVersionNotFoundException")
 
@@ -267,6 +268,8 @@ class Client:
             message, _, kind = (error.details() or error.code().name).partition("\n")
             kind = kind.rpartition(".")[2]
             status = 404 if kind in NOT_FOUND else HTTP_STATUS.get(error.code(), 500)
+            # A worker that the kernel killed, for want of memory perhaps, is 507 to REST: no request was too large.
+            status = 507 if (status, message) == (413, WORKER_DIED) else status
             return Answer(status, {"code": status, "type": kind or error.code().name, "message": message}, seconds)
         seconds = time.perf_counter() - started
         content = getattr(reply, field)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,13 +20,16 @@ from skewless.core.files import atomic
 from skewless.errors import ServerError, UsageError
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import VERSION, build_archive
+from skewless.packaging.reservation import RESERVED, Reservation, version_file
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
+from skewless.torchserve.store import UNPROVED, archives
 from skewless.training.config import Config
 from skewless.training.fit import fit
 from skewless.training.manifest import ManifestError, Recording, check_contents, read_manifest
 
 STATUS = "status.json"
+LOG = "retrain.log"
 
 
 @dataclass
@@ -79,10 +83,14 @@ def _is_alive(status: Status) -> bool:
 
 def next_version(server: Server, name: str) -> str:
     """The first whole number above every version that is registered or lies in the store, as "N.0"."""
+    return f"{_next_number(server, name)}.0"
+
+
+def _next_number(server: Server, name: str) -> int:
     known = [m["version"] for m in server.models() if m["name"] == name]
-    known += [p.stem.removeprefix(f"{name}-") for p in server.model_store.glob(f"{name}-*.mar")]
+    known += [p.stem.removeprefix(f"{name}-") for p in archives(server.model_store) if p.stem.startswith(f"{name}-")]
     numbers = [int(found[0]) for version in known if (found := re.match(r"\d+", version))]
-    return f"{max(numbers, default=0) + 1}.0"
+    return max(numbers, default=0) + 1
 
 
 def check_version(server: Server, name: str, version: str) -> None:
@@ -92,6 +100,84 @@ def check_version(server: Server, name: str, version: str) -> None:
     taken = (server.model_store / f"{name}-{version}.mar").exists()
     if taken or any((m["name"], m["version"]) == (name, version) for m in server.models()):
         raise UsageError(f"{name} {version} exists already; choose another --version")
+
+
+def reserve_version(server: Server, name: str, version: str | None = None) -> tuple[str, Reservation]:
+    """Keep a version from all others, until released or this process ends: the one asked for, or the next that is free.
+
+    Before that, what killed retrainings of this model left is removed. Raises UsageError, at once, for a version that exists
+    and for one that another process is building or retraining.
+    """
+    store = server.model_store
+    remove_unproved(server, name)
+    number = 0
+    # Between a look and the reservation, others may take a version, and finish it: so look again.
+    while version is None:
+        number = max(number + 1, _next_number(server, name))
+        if held := Reservation.take(version_file(store, name, f"{number}.0")):
+            if number >= _next_number(server, name):
+                return f"{number}.0", held
+            held.release()
+    check_version(server, name, version)
+    held = Reservation.take(version_file(store, name, version))
+    if held is None:
+        raise UsageError(f"another process is building or retraining {name} {version}; choose another --version")
+    try:
+        check_version(server, name, version)
+    except BaseException:
+        held.release()
+        raise
+    return version, held
+
+
+def remove_unproved(server: Server, name: str) -> None:
+    """Unregister and remove what retrainings of a model left when they were killed before their archive was proved."""
+    for path in sorted(server.model_store.glob(f".{name}-*{UNPROVED}")):
+        # Those that hold it are still at it.
+        if held := Reservation.take(path.with_name(path.name.removesuffix(UNPROVED) + RESERVED)):
+            try:
+                _remove(server, path)
+            finally:
+                held.release()
+
+
+def _remove(server: Server, archive: Path) -> None:
+    try:
+        for row in server.models():
+            if row["archive"] == archive.name:
+                server.unregister(row["name"], row["version"])
+    finally:
+        archive.unlink(missing_ok=True)
+
+
+def run_file(out: Path) -> Path:
+    """What is reserved of a run's folder while a retraining writes into it."""
+    return out / ".reserved"
+
+
+def reserve_folder(out: Path) -> Reservation:
+    """Make a run's folder and keep it from all others, until released or this process ends.
+
+    One whose retraining failed or was killed may be used again: its training goes on where it stopped. Raises UsageError, at
+    once, for one where a retraining runs or has succeeded, and for a folder of other files.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder {out} cannot be made: {error.strerror}; choose another --out") from error
+    found = {path.name for path in out.iterdir()}
+    if found and not found & {STATUS, LOG, run_file(out).name}:
+        raise UsageError(f"{out} holds other files, such as {min(found)}; choose a new or an empty folder as --out")
+    held = Reservation.take(run_file(out))
+    if held is None:
+        raise UsageError(f"a retraining is running in {out}; choose another --version or --out")
+    try:
+        if (out / STATUS).exists() and read_status(out).state != "failed":
+            raise UsageError(f"{out} already holds a retraining; choose another --version or --out")
+    except BaseException:
+        held.release()
+        raise
+    return held
 
 
 def merged(sources: Sequence[tuple[Path, Path]], classes: Sequence[str]) -> list[Recording]:
@@ -138,12 +224,16 @@ def retrain(
 ) -> dict[str, Any]:
     """Train on `rows`, evaluate, build, register without making it the default, and prove what is served; returns the result.
 
+    The archive lies hidden in the model store until it is proved: a restart serves nothing that was not, wherever this ends.
+    Whoever calls has reserved the version and the folder, by `reserve_version` and `reserve_folder`.
     references: the recordings that travel in the archive, and that the smoke test sends.
     `out` receives the run and status.json, which ends as "succeeded" or, with the reason, "failed"; what is raised then
     passes through.
     """
     out.mkdir(parents=True, exist_ok=True)
     status = Status(version, os.getpid())
+    name = archive.resolve().name
+    unproved = server.model_store / f".{name}-{version}{UNPROVED}"
     try:
         definition = Definition.read(archive)
 
@@ -158,28 +248,42 @@ def retrain(
         best = out / "train" / "best.pth"
         metrics = evaluate(definition, checkpoint, best, rows, "test", out / "evaluation", device)
         status.write(out, progress=80, step="building")
-        built = build_archive(archive, best, out / "evaluation", version, server.model_store, references=references)
+        folder = out / "archive"
+        built = build_archive(archive, best, out / "evaluation", version, folder, references=references, force=True)
+        published = server.model_store / built.path.name
         try:
+            shutil.move(built.path, unproved)
             status.write(out, progress=88, step="registering")
-            model = server.register(built.path, default=False)
-            status.write(out, progress=94, step="proving what is served")
-            table = smoke_test(server, model["name"], version)
+            server.register(unproved, default=False)
+            status.write(out, progress=92, step="proving what is served")
+            table = smoke_test(server, name, version)
             failed = [row.path for row in table if not row.passed]
             if failed:
                 raise ServerError(
                     f"the smoke test failed for {', '.join(failed)}; the default version goes on as before"
                 )
-        except BaseException:
-            # In the store it would be registered with all others when a container starts.
-            built.path.unlink(missing_ok=True)
-            if any((m["name"], m["version"]) == (archive.resolve().name, version) for m in server.models()):
-                server.unregister(archive.resolve().name, version)
+            # TorchServe knows an archive by its file's name, so it registers the proved one anew.
+            status.write(out, progress=97, step="publishing")
+            server.unregister(name, version)
+            if published.exists():
+                raise ServerError(f"{published} was put there meanwhile, by something else than `skewless`")
+            unproved.replace(published)
+            try:
+                model = server.register(published, default=False)
+            except BaseException:
+                published.unlink()
+                raise
+        except BaseException as error:
+            try:
+                _remove(server, unproved)
+            except ServerError as also:
+                raise ServerError(f"{error}; unregistering it failed, too: {also}") from error
             raise
         result = {
             "model": model["name"],
             "version": version,
             "default": model["default"],
-            "archive": built.path.name,
+            "archive": published.name,
             "warnings": list(built.warnings),
             "max_dp": max(row.max_dp for row in table),
             "metrics": {k: v for k, v in metrics.items() if k not in ("library_versions", "calibration")},

@@ -7,13 +7,16 @@ unpacked archives), so servers with different state directories and ports do not
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -34,6 +37,17 @@ CONFIG = resources.CONFIG
 LOAD_ERRORS = "load-errors"  # in the state directory: why workers could not load an archive
 RENEW_BEFORE_S = 60.0
 LONGEST_SOCKET_PATH = 107  # bytes of sun_path on Linux, less the closing zero
+SOCKET = ".ts.sock."  # what the names of the workers' sockets start with, in the state directory's tmp
+
+# A state directory has this file; without it nothing in a folder is ours to change or remove.
+MARKER = ".skewless-server"
+_MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
+# What a server writes into its state directory.
+_STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
+_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, "logs", "lock", MARKER}
+
+# For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.
+WITHDRAW_S = 10.0
 
 TokenKind = Literal["inference", "management"]
 
@@ -89,18 +103,19 @@ class Server:
         properties = launch.with_ports(launch.read_properties(config), ports)
         if properties.get("disable_token_authorization", "false") != "false":
             raise UsageError(f"{config} disables token authorization; remove that line, tokens are required")
-        temporary, logs, derived = state_dir / "tmp", state_dir / "logs", state_dir / "config.properties"
-        if len(os.fsencode(temporary / ".ts.sock.99999")) > LONGEST_SOCKET_PATH:
+        temporary, logs, derived = state_dir / _TEMPORARY, state_dir / "logs", state_dir / _DERIVED
+        if len(os.fsencode(temporary / f"{SOCKET}99999")) > LONGEST_SOCKET_PATH:
             raise UsageError(f"{state_dir}: too long a path for the workers' sockets; choose a shorter one")
+        command = launch.command(model_store, derived, temporary, properties.get("vmargs", ""))
 
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state_dir.chmod(0o700)
-        with _lock(state_dir):
+        _claim(state_dir)
+        with _told_if_unwritable(state_dir), _lock(state_dir):
             if (running := cls._read(state_dir)) and running.process():
                 raise UsageError(
                     f"a server is already running in {state_dir} (process {running.pid}); stop it with "
                     f"`skewless serve stop --state-dir {state_dir}`"
                 )
+            _end_workers(state_dir)
             _remove_leavings(state_dir)
             temporary.mkdir()
             logs.mkdir(exist_ok=True)
@@ -108,7 +123,7 @@ class Server:
             derived.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
             with (logs / "console.log").open("wb") as console:
                 child = subprocess.Popen(
-                    launch.command(model_store, derived, temporary, properties.get("vmargs", "")),
+                    command,
                     cwd=state_dir,  # where TorchServe writes key_file.json and logs
                     env=launch.environment(
                         temporary, {**(environment or {}), load_error.FOLDER: str(state_dir / LOAD_ERRORS)}
@@ -130,7 +145,13 @@ class Server:
                 metrics_url=launch.client_host(properties["metrics_address"]),
                 grpc_address=launch.client_host(f"{grpc_host}:{properties['grpc_inference_port']}"),
             )
-            server._write()
+            try:
+                server._write()
+            except BaseException:
+                # Nobody would find it again.
+                child.kill()
+                _CHILDREN.pop(child.pid).wait()
+                raise
         try:
             server._wait_until_up(child, launch.ports_of(properties), timeout)
         except BaseException:
@@ -155,22 +176,25 @@ class Server:
         """Our process, or None when it has ended or its id has gone to another one."""
         try:
             process = psutil.Process(self.pid)
-            ours = {launch.MAIN_CLASS, str(self.state_dir / "config.properties")} <= set(process.cmdline())
+            ours = {launch.MAIN_CLASS, str(self.state_dir / _DERIVED)} <= set(process.cmdline())
         except psutil.NoSuchProcess:
             return None
         return process if ours else None
 
     def stop(self, timeout: float = 30.0) -> None:
         """End the server and its workers, return when none is left; logs stay. Raises ServerError."""
-        if process := self.process():
-            family = [process, *process.children(recursive=True)]
-            process.terminate()
-            # A worker in a long computation notices only afterwards that its server is gone.
-            for straggler in _wait_until_gone(family, timeout):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    straggler.kill()
-            if left := _wait_until_gone(family, timeout):
-                raise ServerError(f"processes {[each.pid for each in left]} do not end")
+        process = self.process()
+        family = _workers(self.state_dir, process)
+        if process:
+            family.append(process)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        # A worker in a long computation notices only afterwards that its server is gone.
+        for straggler in _wait_until_gone(family, timeout):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                straggler.kill()
+        if left := _wait_until_gone(family, timeout):
+            raise ServerError(f"processes {[each.pid for each in left]} do not end")
         if child := _CHILDREN.pop(self.pid, None):
             child.wait()
         with _lock(self.state_dir):
@@ -180,19 +204,32 @@ class Server:
 
     def token(self, kind: TokenKind) -> str:
         """The token for one API, renewed when it expires within RENEW_BEFORE_S. Keep it out of
-        logs: whoever has it can use that API until it expires."""
+        logs: whoever has it can use that API until it expires. Raises ServerError."""
         # One caller renews while others wait: a renewal ends the token before it.
         with _lock(self.state_dir):
-            if not (self.state_dir / "key_file.json").exists():
+            if not (self.state_dir / _KEYS).exists():
                 raise ServerError("the server is still starting and has no tokens yet; try again in a few seconds")
-            keys = json.loads((self.state_dir / "key_file.json").read_text())
+            keys = json.loads((self.state_dir / _KEYS).read_text())
             expires = datetime.fromisoformat(keys[kind]["expiration time"])
             if (expires - datetime.now(UTC)).total_seconds() < RENEW_BEFORE_S:
+                self._check_room(kind)
                 answer = _send("GET", f"{self.management_url}/token", keys["API"]["key"], {"type": kind})
                 if answer.status_code != 200:
                     raise ServerError(f"TorchServe did not renew the {kind} token: {_message(answer)}")
-                keys = json.loads((self.state_dir / "key_file.json").read_text())
+                keys = json.loads((self.state_dir / _KEYS).read_text())
         return keys[kind]["key"]
+
+    def _check_room(self, kind: TokenKind) -> None:
+        """Raise ServerError where a renewed token could not be written."""
+        # TorchServe keeps its keys in this one file, and empties it first: without room for the new ones, all would be lost, the
+        # key that renews them too.
+        try:
+            with tempfile.TemporaryFile(dir=self.state_dir, buffering=0) as file:
+                file.write(bytes(4096))
+        except OSError as error:
+            raise ServerError(
+                f"the {kind} token has to be renewed, and {self.state_dir} cannot be written: {error.strerror}; make room there"
+            ) from error
 
     def status(self) -> dict:
         """Process id, addresses, TorchServe's word on its health, and `models()`."""
@@ -213,7 +250,11 @@ class Server:
         rows = []
         for model in self.manage("GET", "/models").json()["models"]:
             path = f"/models/{model['modelName']}"
-            default = self.manage("GET", path).json()[0]["modelVersion"]
+            found = [self.manage("GET", each, expect=(200, 404)) for each in (path, f"{path}/all")]
+            # Someone may have unregistered it in between.
+            if any(answer.status_code == 404 for answer in found):
+                continue
+            default = found[0].json()[0]["modelVersion"]
             rows += [
                 {
                     "name": version["modelName"],
@@ -222,7 +263,7 @@ class Server:
                     "archive": version["modelUrl"],
                     "workers": [worker["status"] for worker in version["workers"]],
                 }
-                for version in self.manage("GET", f"{path}/all").json()
+                for version in found[1].json()
             ]
         return rows
 
@@ -234,8 +275,10 @@ class Server:
         A version that is registered already is not loaded again: with `default`, and nothing else, it becomes the default.
         `workers`: None for the archive's own setting. `default`: make this the version that unversioned requests
         get (a model's first version is in any case). A failure leaves the versions already serving as they are.
+        `timeout`: in seconds, for TorchServe's answer. A registration that takes longer, or is interrupted, is taken back.
         Raises UsageError for a wrong archive or a version that is registered already; LoadError, with the handler's
-        own message, when a worker could not load it, which is then unregistered again.
+        own message, when a worker could not load it, which is then unregistered again; ServerError when TorchServe did not
+        answer.
         """
         archive = Path(archive).resolve()
         name, version = name_and_version(archive)
@@ -255,25 +298,22 @@ class Server:
             return self._row(name, version)
         reason_file = load_error.path(self.state_dir / LOAD_ERRORS, name, version)
         reason_file.unlink(missing_ok=True)
-        url = {"url": archive.name, "synchronous": "true"}
-        answer = self.manage("POST", "/models", url, expect=None, timeout=timeout)
-        if 400 <= answer.status_code < 500:
-            raise UsageError(f"TorchServe refused {archive.name}: {_message(answer)}")
-        if answer.status_code == 200 and workers is not None:
-            # The archive's minWorkers wins over a registration's initial_workers, so scale afterwards.
-            scale: dict[str, str | int] = {"min_worker": workers, "max_worker": workers, "synchronous": "true"}
-            answer = self.manage("PUT", path, scale, expect=None, timeout=timeout)
-        ready = answer.status_code == 200 and set(self._row(name, version)["workers"]) == {"READY"}
-        if not ready:
-            reason = load_error.read(reason_file) or (
-                f"{_message(answer)}; the worker wrote down no reason: it was killed, or slower than its startupTimeout"
-            )
-            # TorchServe has removed the version itself after most exceptions, but not after a RuntimeError.
+        try:
+            self._load(archive, path, workers, reason_file, timeout)
+            if default:
+                self.set_default(name, version)
+            return self._row(name, version)
+        except LoadError:
             self.manage("DELETE", path, expect=(200, 404))
-            raise LoadError(reason)
-        if default:
-            self.set_default(name, version)
-        return self._row(name, version)
+            raise
+        except UsageError:
+            raise
+        except ServerError as error:
+            raise ServerError(f"{error}; {self._withdraw(path)}") from error
+        except BaseException:
+            # Interrupted: TorchServe goes on with what it was asked for.
+            self._withdraw(path)
+            raise
 
     def set_default(self, name: str, version: str) -> None:
         """Make `version` the one that requests without a version get. Raises ServerError when it is unknown."""
@@ -297,8 +337,85 @@ class Server:
             raise ServerError(f"{method} {path}: {_message(answer)}")
         return answer
 
+    def _load(self, archive: Path, path: str, workers: int | None, reason_file: Path, timeout: float) -> None:
+        """Have TorchServe register an archive, and wait until its workers are ready. Raises as `register` does."""
+        deadline = time.monotonic() + timeout
+        # Not synchronous: TorchServe has few threads for its connections, those of inference too, and a registration that it
+        # answers at its end holds one of them, with every connection that this thread serves.
+        url = {"url": archive.name, "synchronous": "false"}
+        answer = self.manage("POST", "/models", url, expect=None, timeout=timeout)
+        if 400 <= answer.status_code < 500:
+            raise UsageError(f"TorchServe refused {archive.name}: {_message(answer)}")
+        if answer.status_code >= 500:
+            raise LoadError(f"{_message(answer)}: {self._why_not_unpacked(archive)}")
+        self._wait_until_loaded(path, reason_file, deadline)
+        if workers is not None:
+            # The archive's minWorkers wins over a registration's initial_workers, so scale afterwards.
+            scale: dict[str, str | int] = {"min_worker": workers, "max_worker": workers, "synchronous": "false"}
+            self.manage("PUT", path, scale, expect=(200, 202))
+            self._wait_until_loaded(path, reason_file, deadline, workers)
+
+    def _why_not_unpacked(self, archive: Path) -> str:
+        """What TorchServe leaves out when it says that it failed to save a model."""
+        with zipfile.ZipFile(archive) as mar:
+            try:
+                damaged = mar.testzip()
+            except (zipfile.BadZipFile, zlib.error) as error:
+                damaged = str(error)
+            size = sum(member.file_size for member in mar.infolist())
+        if damaged:
+            return f"the archive is damaged ({damaged}); copy it again, or build it again"
+        free = shutil.disk_usage(self.state_dir).free
+        return f"it unpacks to {size / 1e6:.0f} MB, and the disk of {self.state_dir} has {free / 1e6:.0f} MB free"
+
+    def _wait_until_loaded(self, path: str, reason_file: Path, deadline: float, workers: int | None = None) -> None:
+        """Return when every worker of a version is ready. Raises LoadError when one is not going to be, ServerError after
+        the deadline. workers: how many there have to be; None for as many as the archive asks for."""
+        begun: dict[str, int] = {}
+        while True:
+            (model,) = self.manage("GET", path).json()
+            wanted = model["minWorkers"] if workers is None else workers
+            states = [worker["status"] for worker in model["workers"]]
+            if wanted < 1:
+                raise LoadError(
+                    "its model-config.yaml asks for no worker; set minWorkers to 1 or more, and build it again"
+                )
+            if len(states) == wanted and set(states) == {"READY"}:
+                return
+            # A worker that ended is started anew, again and again.
+            ended = any(
+                begun.setdefault(worker["id"], worker["pid"]) != worker["pid"] or not psutil.pid_exists(worker["pid"])
+                for worker in model["workers"]
+                if worker["pid"] > 0
+            )
+            if reason := load_error.read(reason_file):
+                raise LoadError(reason)
+            if ended:
+                raise LoadError("the worker wrote down no reason: it was killed, or slower than its startupTimeout")
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"registering {path.removeprefix('/models/')} timed out, {', '.join(states) or 'no worker'}"
+                )
+            time.sleep(0.1)
+
+    def _withdraw(self, path: str) -> str:
+        """Unregister a version whose registration nobody waits for any more; in words, whether that worked."""
+        deadline = time.monotonic() + WITHDRAW_S
+        try:
+            # While TorchServe unpacks the archive, it knows nothing of the version yet.
+            while self.manage("DELETE", path, expect=(200, 404)).status_code == 404:
+                if time.monotonic() > deadline:
+                    return "it was not registered"
+                time.sleep(0.2)
+        except ServerError as error:
+            return f"unregistering it failed, too: {error}"
+        return "it was unregistered again"
+
     def _row(self, name: str, version: str) -> dict:
-        return next(row for row in self.models() if (row["name"], row["version"]) == (name, version))
+        for row in self.models():
+            if (row["name"], row["version"]) == (name, version):
+                return row
+        raise ServerError(f"{name} {version} is not registered any more")
 
     def _wait_until_up(self, child: subprocess.Popen, ports: set[int], timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -324,17 +441,22 @@ class Server:
 
     @classmethod
     def _read(cls, state_dir: Path) -> Server | None:
-        file = state_dir / "state.json"
+        file = state_dir / _STATE
         if not file.exists():
             return None
-        state = json.loads(file.read_text()) | {"state_dir": state_dir}
-        state["model_store"] = Path(state["model_store"])
-        return cls(**{field.name: state[field.name] for field in fields(cls)})
+        try:
+            state = json.loads(file.read_text()) | {"state_dir": state_dir}
+            state["model_store"] = Path(state["model_store"])
+            return cls(**{field.name: state[field.name] for field in fields(cls)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{file} is not what `skewless serve start` writes; choose another --state-dir, or remove the file"
+            ) from error
 
     def _write(self) -> None:
         state = asdict(self) | {"model_store": str(self.model_store)}
         del state["state_dir"]
-        with atomic(self.state_dir / "state.json") as unfinished:
+        with atomic(self.state_dir / _STATE) as unfinished:
             unfinished.write_text(json.dumps(state, indent=2) + "\n")
 
 
@@ -372,17 +494,90 @@ def _message(answer: requests.Response) -> str:
 @contextlib.contextmanager
 def _lock(state_dir: Path) -> Iterator[None]:
     """Held by one thread of one process at a time, per state directory."""
-    with (state_dir / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        descriptor = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        # A disk that has become read-only stops neither a running server nor whoever needs its token.
+        descriptor = os.open(state_dir / "lock", os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _claim(state_dir: Path) -> None:
+    """Make a state directory, or see that it is one. Raises UsageError for any other folder, and then changes nothing."""
+    if state_dir.exists() and not state_dir.is_dir():
+        raise UsageError(f"{state_dir} is a file; choose another --state-dir")
+    with _told_if_unwritable(state_dir):
+        found = {path.name for path in state_dir.iterdir()} if state_dir.exists() else set()
+        # Servers of before the marker left just this behind, running or stopped.
+        unmarked = {"lock", "logs", LOAD_ERRORS} <= found <= _WRITTEN
+        if found and MARKER not in found and not unmarked:
+            raise UsageError(
+                f"{state_dir} holds files of others, such as {min(found - _WRITTEN or found)}, and a server's folder is made "
+                "private and cleared; choose a new or an empty folder as --state-dir"
+            )
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state_dir.chmod(0o700)
+        (state_dir / MARKER).write_text(_MARKED)
+
+
+@contextlib.contextmanager
+def _told_if_unwritable(state_dir: Path) -> Iterator[None]:
+    """An OSError, such as of a full disk, as a UsageError that says what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"the server's folder {state_dir} cannot be written: {error.strerror or error}; make room there, or choose another "
+            "--state-dir"
+        ) from error
 
 
 def _remove_leavings(state_dir: Path) -> None:
     """What an ended server leaves and the next must not find; TorchServe never removes unpacked archives."""
-    for name in ("state.json", "key_file.json", "config.properties"):
+    for name in (_STATE, _KEYS, _DERIVED):
         (state_dir / name).unlink(missing_ok=True)
-    if (state_dir / "tmp").exists():
-        shutil.rmtree(state_dir / "tmp")
+    if (state_dir / _TEMPORARY).exists():
+        shutil.rmtree(state_dir / _TEMPORARY)
+
+
+def _workers(state_dir: Path, server: psutil.Process | None = None) -> list[psutil.Process]:
+    """The workers of a state directory, whether or not their server has ended, with all that they and `server` started."""
+    # By their sockets: a server that ends meanwhile has no children any more.
+    socket = str(state_dir / _TEMPORARY / SOCKET)
+    found = {each.pid: each for each in psutil.process_iter() if _has_argument(each, socket)}
+    for each in [*found.values(), *([server] if server else [])]:
+        found |= {child.pid: child for child in _descendants(each)}
+    return list(found.values())
+
+
+def _has_argument(process: psutil.Process, start: str) -> bool:
+    try:
+        return any(argument.startswith(start) for argument in process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        # It has ended; workers are found by their sockets.
+        return []
+
+
+def _end_workers(state_dir: Path) -> None:
+    """Kill workers whose server was killed: whoever waited for them has been told, and they hold memory."""
+    orphans = _workers(state_dir)
+    for orphan in orphans:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphan.kill()
+    _wait_until_gone(orphans, timeout=30.0)
 
 
 def _wait_until_gone(processes: list[psutil.Process], timeout: float) -> list[psutil.Process]:

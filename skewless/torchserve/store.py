@@ -15,6 +15,10 @@ from skewless.torchserve.server import name_and_version
 
 _FINGERPRINT_DIGITS = 12
 
+# An archive that is not proved yet is called so. The dot hides it, from TorchServe as well where that loads a whole store;
+# by its name, which has to end in .mar and to be in the store itself, it can be registered.
+UNPROVED = ".unproved.mar"
+
 
 @dataclass(frozen=True)
 class StoredVersion:
@@ -38,11 +42,17 @@ class StoredVersion:
     problem: str = ""
 
 
+def archives(store: Path) -> list[Path]:
+    """The archives of a store, by name and version, without those that are not proved yet: what a restart may serve."""
+    # Unlike a shell's, this * matches names that start with a dot.
+    return sorted((path for path in store.glob("*.mar") if not path.name.startswith(".")), key=by_version)
+
+
 def listing(store: Path, registered: Iterable[Mapping[str, Any]] = ()) -> list[StoredVersion]:
     """Every archive of a store, by name and version. registered: the rows of `Server.models()`."""
     rows = {row["archive"]: row for row in registered}
     found = []
-    for path in sorted(store.glob("*.mar"), key=by_version):
+    for path in archives(store):
         row = rows.pop(path.name, None)
         state = {"default": row["default"], "workers": row["workers"]} if row else {}
         try:
@@ -51,12 +61,13 @@ def listing(store: Path, registered: Iterable[Mapping[str, Any]] = ()) -> list[S
             found.append(StoredVersion(path.stem, "", path.name, problem=str(error)))
             continue
         found.append(StoredVersion(name, version, path.name, **state, **_measured(path)))
-    # The file may have been removed since it was registered.
-    gone = [
-        StoredVersion(r["name"], r["version"], r["archive"], r["default"], r["workers"], problem="the file is gone")
-        for r in rows.values()
-    ]
-    return found + gone
+    for row in rows.values():
+        # Retraining is proving it, or the file has been removed since it was registered.
+        problem = "not proved yet" if row["archive"].endswith(UNPROVED) else "the file is gone"
+        found.append(
+            StoredVersion(row["name"], row["version"], row["archive"], row["default"], row["workers"], problem=problem)
+        )
+    return found
 
 
 def by_version(archive: Path) -> list[tuple[bool, int, str]]:
