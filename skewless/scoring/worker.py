@@ -72,8 +72,10 @@ class Scorer:
         # Before the archive's numeric policy, which may set another number, and before runtimes that take it over.
         torch.set_num_threads(threads)
         service = ModelService.load(folder, choose_device(None))
-        # Nobody waits beside a file here, so no answer may depend on how fast the machine is.
-        limits = replace(service.limits, max_read_s=math.inf, max_batch_s=math.inf)
+        # Nobody waits beside a file here, so no answer may depend on how fast the machine is. Older archives
+        # have no such limits.
+        times = {name: math.inf for name in ("max_read_s", "max_batch_s") if hasattr(service.limits, name)}
+        limits = replace(service.limits, **times)
         self._service = replace(service, definition=replace(service.definition, limits=limits))
         self._limits, self._refuse_large = self._service.limits, refuse_large
         self._reasons = _Reasons()
@@ -109,11 +111,11 @@ class Scorer:
             request = RequestError(400, "the file is a JSON request for several files, expected one recording or image")
         self._reasons.last = ""
         (answer,) = self._service.predict([request])
-        try:
+        try:  # the code of older archives may give such an answer
             row |= {"status": answer.status, "body": json.dumps(answer.body, allow_nan=False)}
         except ValueError:
             return row | {
-                "status": 500,
+                "status": 503,
                 "error": "the answer has a number that is not finite, which a server cannot send",
             }
         if answer.status != 200:
