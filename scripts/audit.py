@@ -1,74 +1,79 @@
 """Known vulnerabilities of the packages that are installed beside this Python, by pip-audit and PyPI's advisories.
 
-`python scripts/audit.py` prints a table. What could not be looked up is listed too: nothing counts as safe because nobody
-was asked. Exit codes: 0 when nothing is known but what ACCEPTED explains, 1 when something is, 2 when nobody could be asked.
+`python scripts/audit.py`. pip-audit is looked for on PATH, so that it can be installed apart from what it looks at:
+`pipx install pip-audit==2.10.1`. What could not be looked up is listed: nothing counts as safe because nobody could be asked.
+Exit codes: 0 when nothing is known but what ACCEPTED explains, 1 when something is, 2 when nothing could be looked up.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 from typing import Any
 
-# Advisories that do not matter here, each with the reason; docs/security.md says more.
+# Advisories that do not matter here, by id or alias, each with the reason.
 ACCEPTED: dict[str, str] = {}
 
 
 def main() -> int:
-    command = [sys.executable, "-m", "pip_audit", "--format", "json", "--local", "--skip-editable"]
-    done = subprocess.run([*command, "--progress-spinner", "off", "--timeout", "30"], capture_output=True, text=True)
+    beside = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    program = shutil.which("pip-audit", path=beside)
+    if program is None:
+        print("nothing was checked: there is no pip-audit; `pipx install pip-audit==2.10.1`", file=sys.stderr)
+        return 2
+    command = [program, "--path", sysconfig.get_path("purelib"), "--skip-editable", "--format", "json"]
+    done = subprocess.run([*command, "--progress-spinner", "off"], capture_output=True, text=True, check=False)
     try:
         packages = json.loads(done.stdout)["dependencies"]
     except (ValueError, LookupError):
-        print(f"nothing was checked: pip-audit got no answer.\n{_last_line(done.stderr)}", file=sys.stderr)
+        words = [line for line in done.stderr.splitlines() if line.strip()]
+        print(f"nothing was checked: {words[-1] if words else 'pip-audit gave no answer'}", file=sys.stderr)
         return 2
-    known = [(package, each) for package in packages for each in package.get("vulns", [])]
-    new = [(package, each) for package, each in known if not accepted(each)]
-    for package, each in known:
-        why = accepted(each) or "NEW"
-        print(f"{package['name']} {package['version']}: {each['id']}, fixed in {fixed(each)}: {why}")
-    unchecked = [f"{package['name']} ({package['skip_reason']})" for package in packages if "skip_reason" in package]
-    if unchecked:
-        print(f"not checked, {len(unchecked)} packages: {'; '.join(unchecked)}")
-    if java := java_libraries():
-        print(f"not checked, TorchServe's {len(java)} Java libraries: {', '.join(java)}")
-    checked = len(packages) - len(unchecked)
+    known = [(package, advisory) for package in packages for advisory in package.get("vulns", [])]
+    for package, advisory in known:
+        print(
+            f"{package['name']} {package['version']}: {advisory['id']}, {_fixed(advisory)}: {_why(advisory) or 'NEW'}"
+        )
+    skipped = [package["name"] for package in packages if "skip_reason" in package]
+    if skipped:
+        print(f"not checked, {len(skipped)} packages that nobody could be asked about: {', '.join(skipped)}")
+    if java := _java():
+        print(f"not checked, TorchServe's Java libraries, such as {java}")
+    checked, new = len(packages) - len(skipped), [each for _, each in known if not _why(each)]
     print(f"{checked} packages checked, {len(known)} advisories, {len(new)} of them without an explanation")
+    if not checked:
+        print("nothing was checked: run this where PyPI's advisories can be reached", file=sys.stderr)
+        return 2
     return 1 if new else 0
 
 
-def accepted(advisory: dict[str, Any]) -> str:
+def _why(advisory: dict[str, Any]) -> str:
     """Why an advisory does not matter here; empty where nobody has said so."""
     names = [advisory["id"], *advisory.get("aliases", [])]
     return next((ACCEPTED[name] for name in names if name in ACCEPTED), "")
 
 
-def fixed(advisory: dict[str, Any]) -> str:
-    return ", ".join(advisory.get("fix_versions", [])) or "no version"
+def _fixed(advisory: dict[str, Any]) -> str:
+    return f"fixed in {', '.join(advisory.get('fix_versions', [])) or 'no version'}"
 
 
-def java_libraries() -> list[str]:
-    """Names and versions of the libraries inside TorchServe's jar, which no list of Python packages has."""
+def _java() -> str:
+    """What answers TorchServe's HTTP, inside its jar, which no list of Python packages has; empty without TorchServe."""
     package = importlib.util.find_spec("ts")
     if package is None or not package.submodule_search_locations:
-        return []
-    found = set()
+        return ""
     with zipfile.ZipFile(Path(package.submodule_search_locations[0], "frontend", "model-server.jar")) as jar:
-        for name in jar.namelist():
-            if name.endswith("/pom.properties"):
-                lines = jar.read(name).decode("utf-8").splitlines()
-                pairs = dict(line.split("=", 1) for line in lines if "=" in line and line[0] != "#")
-                found.add(f"{pairs['artifactId']} {pairs['version']}")
-    return sorted(found)
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
+        stated = jar.read("META-INF/io.netty.versions.properties").decode("utf-8")
+    versions = sorted(set(re.findall(r"^netty-codec-http\.version=(.+?)\s*$", stated, re.MULTILINE)))
+    return f"netty {', '.join(versions) or 'of an unknown version'}"
 
 
 if __name__ == "__main__":

@@ -686,9 +686,7 @@ def yaml_texts(draw: st.DrawFn, seeds: Sequence[bytes]) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         tokens = [found.span() for found in re.finditer(rb"[\w.]+|[{}\[\]:,-]|\n", text)] or [(0, 0)]
         start, end = draw(st.sampled_from(tokens))
-        put = draw(
-            st.sampled_from(_YAML_TEXTS).map(lambda each: each.encode("utf-8", "surrogatepass")) | _scraps
-        )
+        put = draw(st.sampled_from(_YAML_TEXTS).map(lambda each: each.encode("utf-8", "surrogatepass")) | _scraps)
         text[start : end if draw(st.booleans()) else start] = put
     return bytes(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -276,6 +277,45 @@ def test_wider_settings_are_read_as_they_are(tmp_path: Path):
     )
     settings = launch.with_ports(launch.read_properties(config), "free")
     assert settings["inference_address"].startswith("http://0.0.0.0:")
+
+
+# Known vulnerabilities of packages.
+
+
+def package(name: str, *advisories: str, **more: str) -> dict[str, Any]:
+    found = [{"id": each, "aliases": [f"CVE-{each}"], "fix_versions": ["9"]} for each in advisories]
+    return {"name": name, "version": "1.0", **({} if more else {"vulns": found}), **more}
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "said"),
+    [
+        ([package("a"), package("b")], 0, "2 packages checked, 0 advisories"),
+        ([package("a", "PYSEC-1"), package("b")], 1, "a 1.0: PYSEC-1, fixed in 9: NEW"),
+        ([package("a", "PYSEC-2")], 0, "a 1.0: PYSEC-2, fixed in 9: never called"),
+        (
+            [package("a"), package("b", skip_reason="not found")],
+            0,
+            "not checked, 1 packages that nobody could be asked about: b",
+        ),
+        ([package("b", skip_reason="not found")], 2, "nothing was checked"),
+        (None, 2, "nothing was checked: no route to pypi.org"),
+    ],
+)
+def test_the_audit_takes_nothing_for_safe_that_it_did_not_check(
+    tmp_path: Path, monkeypatch, capsys, printed, code, said
+):
+    program = tmp_path / "pip-audit"
+    out = "" if printed is None else json.dumps({"dependencies": printed})
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{out}\nEND\necho 'no route to pypi.org' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    spec = importlib.util.spec_from_file_location("audit", ROOT / "scripts" / "audit.py")
+    audit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(audit)
+    monkeypatch.setattr(audit, "ACCEPTED", {"CVE-PYSEC-2": "never called"})
+    assert audit.main() == code
+    assert said in "".join(capsys.readouterr())
 
 
 # A real server.
