@@ -241,8 +241,9 @@ def _inflating(name: str) -> bytes:
 
 
 def _laughs() -> bytes:
-    lines = [b"a%d: &a%d [%s]" % (k, k, b", ".join([b"*a%d" % (k - 1)] * 9)) for k in range(1, 12)]
-    return b"\n".join([b"a0: &a0 [x, x, x]", *lines])
+    """A list of twelve values, of which the last stands for 10^11 of them."""
+    values = [b"&a%d [%s]" % (k, b", ".join([b"*a%d" % (k - 1)] * 9)) for k in range(1, 12)]
+    return b"[" + b", ".join([b"&a0 [x, x, x]", *values]) + b"]"
 
 
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
@@ -252,8 +253,8 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "model.yaml of an archive": ("scored_archive", lambda: _inflating("model.yaml")),
     "configuration of a Keras model": ("keras", lambda: _inflating("config.json")),
     "files in an archive": ("archive", lambda: hostile.zipped([(f"{k}", b"") for k in range(20_000)])),
-    "aliases in a pipeline": ("pipeline", _laughs),
-    "aliases in a model.yaml": ("model", _laughs),
+    "aliases in a pipeline": ("pipeline", lambda: b"name: x\nstages: [resample: {rate: " + _laughs() + b"}]\n"),
+    "aliases in a model.yaml": ("model", lambda: hostile.model_files()[0] + b"\nfast_runtime: " + _laughs() + b"\n"),
     "a long pipeline": ("pipeline", lambda: b"name: x\nstages:\n" + b"- decode: {}\n" * 100_000),
     "a long line of a manifest": ("manifest", lambda: b"file_path,label\n" + b"x" * 10_000_000),
 }

@@ -221,6 +221,16 @@ def test_own_code_is_inside_its_folder(tmp_path: Path):
             Definition.read(folder).build_network()
 
 
+@pytest.mark.parametrize(
+    "name", ["x-1\N{SUPERSCRIPT TWO}.mar", "x-\N{ARABIC-INDIC DIGIT TWO}.mar", "x" * 251 + ".mar", "x\n.mar"]
+)
+def test_a_store_is_listed_whatever_its_files_are_called(tmp_path: Path, name: str):
+    mar(tmp_path / name, hostile.archive_members())
+    mar(tmp_path / "a-1.0.mar", hostile.archive_members())
+    (tmp_path / "broken-1.0.mar").write_bytes(b"PK")
+    assert {row.archive for row in listing(tmp_path)} == {name, "a-1.0.mar", "broken-1.0.mar"}
+
+
 # The configuration of a server.
 
 
@@ -241,8 +251,10 @@ def test_a_management_api_that_others_could_reach_is_refused(tmp_path: Path, key
     settings = launch.read_properties(server_module.CONFIG) | {key: value}
     config = tmp_path / "config.properties"
     config.write_text("".join(f"{name}={each}\n" for name, each in settings.items()))
-    start = ("serve", "start", "--config", config, "--model-store", tmp_path, "--state-dir", tmp_path / "state")
-    done = call_skewless(*start)
+    state = ("--state-dir", tmp_path / "state")
+    done = call_skewless("serve", "start", "--config", config, "--model-store", tmp_path, "--ports", "free", *state)
+    if done.returncode == 0:
+        call_skewless("serve", "stop", *state)
     assert done.returncode == 2 and key in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "state").exists()
 
