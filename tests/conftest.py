@@ -63,6 +63,7 @@ def call_skewless(*arguments: object) -> subprocess.CompletedProcess[str]:
 _COSTLY = ("demonstration", "others", "server", "client")
 # These modules share one server: with several test processes, they run in one of them.
 _SERVED = (
+    "test_api_description",
     "test_archives",
     "test_end_to_end",
     "test_from_other_apis",

@@ -128,10 +128,11 @@ def check(target: type, params: Mapping[str, Any], where: str) -> dict[str, Any]
     try:
         # By way of JSON: there a list is what a tuple is written as, and still nothing else is converted.
         checked = model.model_validate_json(json.dumps(dict(params)))
-    except TypeError as error:
-        raise DefinitionError(f"{where}: {dict(params)!r} cannot be written in a definition: {error}") from error
     except ValidationError as error:
         raise DefinitionError(f"{where}: {explain(error)}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        # Not a JSON value: a date, a number of thousands of digits, a list inside itself.
+        raise DefinitionError(f"{where}: {dict(params)!r:.200} cannot be written in a definition: {error}") from error
     return {name: _plain(getattr(checked, name)) for name in params}
 
 
@@ -160,7 +161,7 @@ _KINDS = {
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    first, *rest = location
+    first, *rest = location or ("it",)
     return str(first) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 
 from skewless.core.catalogue import check
@@ -26,6 +25,7 @@ from skewless.core.postprocess import POSTPROCESSORS, Postprocessor, build_postp
 from skewless.core.request import Limits
 from skewless.core.runtimes import RUNTIMES, Runtime, load_runtime, runtime_settings
 from skewless.core.stages import Stage
+from skewless.core.yaml_file import read_yaml
 
 PIPELINE, MODEL, REQUIREMENTS = "pipeline.yaml", "model.yaml", "requirements.txt"
 # The folder in an archive with the files of its fast runtime.
@@ -158,9 +158,9 @@ class Definition:
 def read_model(path: Path) -> dict[str, Any]:
     """The parts of a model.yaml; raises DefinitionError when it is not YAML, lacks one, or has one that is wrong."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise DefinitionError(f"{path} is not YAML: {error}") from error
+        content = read_yaml(path)
+    except DefinitionError as error:
+        raise DefinitionError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise DefinitionError(f"{path} is {content!r:.60}, expected the keys {', '.join(_KEYS)}")
     if missing := [key for key in _KEYS if key not in content]:

@@ -20,6 +20,7 @@ from skewless.core.errors import DefinitionError
 from skewless.core.own_code import OwnCode, file_of
 from skewless.core.stages import STAGES, InputLimits, Payload, PipelineError, Signal, Stage
 from skewless.core.stages.fused import Step, plan
+from skewless.core.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Pipeline:
             folder = path.resolve().parent
             folder = folder.parent if folder.name == "variants" else folder
         try:
-            return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")), folder)
-        except (DefinitionError, yaml.YAMLError) as error:
+            return cls.from_dict(read_yaml(path), folder)
+        except DefinitionError as error:
             raise PipelineError(f"{path}: {error}") from error
 
     @classmethod
@@ -103,7 +104,7 @@ class Pipeline:
             raise PipelineError(f"'code' is {recorded!r}, expected the SHA-256 of each Python file by name")
         if changed := [each for each in {**digests, **recorded} if digests.get(each) != recorded.get(each)]:
             raise PipelineError(
-                f"{', '.join(sorted(changed))} in the folder is not the code that this pipeline was written with; put the "
+                f"{', '.join(sorted(map(str, changed)))} in the folder is not the code that this pipeline was written with; put the "
                 "file back, or train again with the new one"
             )
         return cls(str(definition["name"]), stages, digests)

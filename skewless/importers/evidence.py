@@ -6,7 +6,6 @@ The pipeline that reproduces them is the one.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from skewless.core.definition import Definition
 from skewless.core.numerics import TOLERANCES
 from skewless.core.pipeline import Pipeline
+from skewless.csv_file import csv_rows
 from skewless.evaluation.metrics import auc
 from skewless.evaluation.references import MIN_REFERENCE_SPREAD
 from skewless.evaluation.scores import predict, score_columns, service_of
@@ -35,15 +35,14 @@ def read_predictions(path: str | Path, classes: Sequence[str] = BINARY) -> dict[
     Raises ImportFileError naming the row and the column that is wrong.
     """
     columns = score_columns(classes)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+    with csv_rows(path, ImportFileError) as reader:
         needed = ["file_path", *columns]
         absent = [column for column in needed if column not in (reader.fieldnames or [])]
         if absent:
             raise ImportFileError(f"{path}: no column {', '.join(absent)}; it needs {', '.join(needed)}")
         predictions: dict[str, tuple[float, ...]] = {}
         for row, record in enumerate(reader, start=2):
-            where, name = f"{path}, row {row}", record["file_path"]
+            where, name = f"{path}, row {row}", record["file_path"] or ""
             scores = tuple(_probability(record[column], f"{where}: {column}") for column in columns)
             if predictions.setdefault(name, scores) != scores:
                 raise ImportFileError(f"{where}: {name!r} has another probability in an earlier row")

@@ -137,12 +137,12 @@ class _Asking(pickle.Unpickler):
 
 def _first_global(path: Path) -> str:
     """The first global of a pickle, or of the pickle in a zip; empty when it breaks off before."""
-    data = path.read_bytes()
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            pickles = [member for member in archive.infolist() if member.filename.endswith("/data.pkl")]
-            data = b"".join(read_member(archive, member, _MAX_PICKLE) for member in pickles)
     try:
+        data = path.read_bytes()
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                pickles = [member for member in archive.infolist() if member.filename.endswith("/data.pkl")]
+                data = b"".join(read_member(archive, member, _MAX_PICKLE) for member in pickles)
         _Asking(io.BytesIO(data)).load()
     except _Asked as asked:
         return str(asked)
@@ -173,7 +173,9 @@ def _weights(path: str | Path, content: Mapping[str, Any]) -> dict[str, torch.Te
 
 
 def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    # A tensor of another kind, such as one on the device "meta", has no value to give.
+    plain = isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided
+    return value.item() if plain and value.numel() == 1 else value
 
 
 def _epoch(path: str | Path, value: Any) -> int | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from skewless.csv_file import csv_rows
 
 
 class File(NamedTuple):
@@ -62,23 +63,27 @@ def _of_folder(folder: Path, without: Path) -> Iterator[File]:
 
 def _of_list(source: Path, root: Path) -> Iterator[File]:
     seen: set[str] = set()
-    # A byte-order mark is what spreadsheets write.
-    with open(source, newline="", encoding="utf-8-sig") as file:
-        for row, name in _names(source, file):
-            if not name:
-                raise ListError(f"{source}, row {row}: the path is empty")
-            if name in seen:
-                raise ListError(f"{source}, row {row}: file_path {name!r} is repeated")
-            seen.add(name)
-            yield File(name, str(Path(root, name).absolute()))
+    for row, name in _of_csv(source) if source.suffix.lower() == ".csv" else _of_lines(source):
+        if not name:
+            raise ListError(f"{source}, row {row}: the path is empty")
+        if name in seen:
+            raise ListError(f"{source}, row {row}: file_path {name!r} is repeated")
+        seen.add(name)
+        yield File(name, str(Path(root, name).absolute()))
 
 
-def _names(source: Path, file: Iterator[str]) -> Iterator[tuple[int, str]]:
+def _of_csv(source: Path) -> Iterator[tuple[int, str]]:
     """Paths with their rows' numbers, as a spreadsheet counts."""
-    if source.suffix.lower() != ".csv":
-        yield from ((row, line.strip()) for row, line in enumerate(file, start=1) if line.strip())
-        return
-    reader = csv.DictReader(file)
-    if "file_path" not in (reader.fieldnames or []):
-        raise ListError(f"{source} has no column file_path; it has {', '.join(reader.fieldnames or ['nothing'])}")
-    yield from ((row, str(record["file_path"] or "").strip()) for row, record in enumerate(reader, start=2))
+    with csv_rows(source, ListError) as reader:
+        if "file_path" not in (reader.fieldnames or []):
+            raise ListError(f"{source} has no column file_path; it has {', '.join(reader.fieldnames or ['nothing'])}")
+        yield from ((row, str(record["file_path"] or "").strip()) for row, record in enumerate(reader, start=2))
+
+
+def _of_lines(source: Path) -> Iterator[tuple[int, str]]:
+    """Paths with their lines' numbers."""
+    try:
+        with open(source, encoding="utf-8-sig") as file:
+            yield from ((row, line.strip()) for row, line in enumerate(file, start=1) if line.strip())
+    except UnicodeDecodeError as error:
+        raise ListError(f"{source} is not text in UTF-8: {error}") from error

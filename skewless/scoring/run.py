@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,13 +18,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from tqdm import tqdm
 
 from skewless.core.cores import available_cores
 from skewless.errors import LoadError, ScoringError, UsageError
 from skewless.scoring import worker
 from skewless.scoring.files import File, list_files
+from skewless.torchserve.archive import METRICS, MODEL, Archive
 
 if TYPE_CHECKING:
     import psutil
@@ -65,25 +64,18 @@ class Mar:
     @classmethod
     def read(cls, path: Path) -> Mar:
         """Raises UsageError for a file that is not there, or is no archive of this project's."""
-        try:
-            with zipfile.ZipFile(path) as packed:
-                manifest = json.loads(packed.read("MAR-INF/MANIFEST.json"))["model"]
-                metrics = json.loads(packed.read("metrics.json"))
-                precision = yaml.safe_load(packed.read("model.yaml"))["precision"]
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return cls(
-                path,
-                digest,
-                manifest["modelName"],
-                manifest["modelVersion"],
-                metrics["pipeline_fingerprint"],
-                precision.get("threads", 0),
-            )
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such archive; build it first") from None
-        except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{path} is not a model archive (.mar) that `skewless build` made: {error}") from error
+        with Archive(path) as packed:
+            name, version = packed.name_and_version()
+            metrics, model = packed.json_object(METRICS), packed.yaml(MODEL)
+            try:
+                fingerprint, threads = metrics["pipeline_fingerprint"], model["precision"].get("threads", 0)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise packed.refused(f"it is not as `skewless build` writes it: {error!r}") from error
+        if not isinstance(fingerprint, str) or type(threads) is not int:
+            raise packed.refused(f"its pipeline's fingerprint is {fingerprint!r:.80}, its threads are {threads!r:.80}")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(path, digest, name, version, fingerprint, threads)
 
 
 @dataclass(frozen=True)

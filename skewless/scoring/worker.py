@@ -74,7 +74,9 @@ class Scorer:
         service = ModelService.load(folder, choose_device(None))
         # Nobody waits beside a file here, so no answer may depend on how fast the machine is. Older archives
         # have no such limits.
-        times = {name: math.inf for name in ("max_read_s", "max_batch_s") if hasattr(service.limits, name)}
+        times: dict[str, Any] = {
+            name: math.inf for name in ("max_read_s", "max_batch_s") if hasattr(service.limits, name)
+        }
         limits = replace(service.limits, **times)
         self._service = replace(service, definition=replace(service.definition, limits=limits))
         self._limits, self._refuse_large = self._service.limits, refuse_large

@@ -30,6 +30,10 @@ LISTENERS = {
     "grpc_management": "grpc_management_port",
 }
 
+_LOOPBACK = re.compile(r"(https?://)?(127(\.\d{1,3}){3}|localhost|\[::1\])(:\d+)?/?")
+# A value may hold anything but a backslash at its end, by which Java would take the next line for a part of it.
+_SETTING = re.compile(r"(?P<name>[A-Za-z][A-Za-z0-9_.]*)\s*=\s*(?P<value>([^\0]*[^\\\0])?)")
+
 Ports = Literal["free"] | Mapping[str, int] | None
 
 
@@ -95,16 +99,41 @@ def environment(temporary: Path, extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_properties(file: Path) -> dict[str, str]:
-    """The settings of a properties file (no continuation lines, no escapes)."""
-    lines = (line.strip() for line in file.read_text().splitlines())
-    pairs = (line.partition("=") for line in lines if line and line[0] not in "#!")
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    """The settings of a properties file. Raises UsageError for a line that Java would read as another setting than it
+    seems to be here: by an escape or a colon in its name, or by going on in the next line."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8: {error}") from error
+    lines = (line.strip() for line in re.split(r"\r\n|\r|\n", text))
+    settings: dict[str, str] = {}
+    for line in lines:
+        if line and line[0] not in "#!":
+            found = _SETTING.fullmatch(line)
+            if found is None:
+                raise UsageError(
+                    f"{file}: {line!r:.100} is no setting; write NAME=VALUE, in one line and without escapes"
+                )
+            settings[found["name"]] = found["value"]
+    return settings
 
 
 def with_ports(properties: Mapping[str, str], ports: Ports) -> dict[str, str]:
-    """`properties` with the listeners named in `ports` moved. Raises UsageError."""
+    """`properties` with the listeners named in `ports` moved. Raises UsageError, also for a management API that other
+    machines could reach."""
     if missing := [key for key in LISTENERS.values() if not re.search(r"(^|:)\d+$", properties.get(key, ""))]:
         raise UsageError(f"the configuration gives no port for {', '.join(missing)}; see config.properties")
+    for key in ("management_address", "grpc_management_address"):
+        if not _LOOPBACK.fullmatch(address := properties.get(key, "127.0.0.1")):
+            raise UsageError(
+                f"{key} is {address}, expected 127.0.0.1: whoever reaches the management API can have code run. To manage "
+                "from elsewhere, run `skewless` on this machine, or go through an SSH tunnel"
+            )
+    if properties.get("enable_envvars_config", "false") != "false":
+        raise UsageError(
+            "enable_envvars_config lets variables of the environment open what the configuration closes; remove that line and "
+            "write the settings into the configuration"
+        )
     if ports == "free":
         ports = dict(zip(LISTENERS, free_ports(len(LISTENERS)), strict=True))
     if unknown := set(ports or {}) - set(LISTENERS):

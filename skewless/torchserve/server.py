@@ -31,6 +31,7 @@ from skewless.core import load_error
 from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
+from skewless.torchserve.archive import name_and_version
 
 CONFIG = resources.CONFIG
 
@@ -53,18 +54,6 @@ TokenKind = Literal["inference", "management"]
 
 # Servers that this process started, to be reaped when they end.
 _CHILDREN: dict[int, subprocess.Popen] = {}
-
-
-def name_and_version(archive: str | Path) -> tuple[str, str]:
-    """Model name and version that an archive states in MAR-INF/MANIFEST.json. Raises UsageError."""
-    try:
-        with zipfile.ZipFile(archive) as mar:
-            model = json.loads(mar.read("MAR-INF/MANIFEST.json"))["model"]
-        return model["modelName"], model["modelVersion"]
-    except FileNotFoundError:
-        raise UsageError(f"{archive}: no such archive; build it first") from None
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise UsageError(f"{archive} is not a model archive with a name and a version: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,11 +15,14 @@ from tqdm import tqdm
 
 from skewless.core.cascade import apart
 from skewless.core.definition import MODEL, read_model
+from skewless.core.errors import DefinitionError
 from skewless.core.postprocess import Postprocessor, build_postprocessor
 from skewless.errors import UsageError
+from skewless.torchserve.archive import METRICS, Archive
 from skewless.torchserve.client import Answer, Client
 from skewless.torchserve.server import Server
 
+ENTRIES = "references/references.json"
 # Enough requests at once for batches to form, few enough for a small machine's queue.
 _CONCURRENCY = 8
 
@@ -45,27 +46,35 @@ class References:
     def from_archive(cls, path: Path) -> References:
         """Read them out of a .mar file. Post-processing of the archive's own is imported, as a worker imports it.
 
-        Raises UsageError for an archive that carries none.
+        Raises UsageError for an archive that carries none, or that is not as `skewless build` writes it.
         """
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-            entries = json.loads(archive.read("references/references.json"))
+        with Archive(path) as archive, tempfile.TemporaryDirectory() as folder:
+            entries, metrics = archive.json(ENTRIES), archive.json_object(METRICS)
             if not entries:
                 raise UsageError(
                     f"{path.name} carries no references, so there is nothing to compare its answers with; rebuild it with "
                     "--references synthetic"
                 )
-            metrics = json.loads(archive.read("metrics.json"))
-            for name in (MODEL, *metrics["code"]):
-                archive.extract(name, folder)
-            postprocess = read_model(Path(folder, MODEL))["postprocess"]
-            return cls(
-                build_postprocessor(postprocess, folder),
-                entries,
-                [archive.read(f"references/{entry['file']}") for entry in entries],
-                metrics["pipeline_fingerprint"],
-                metrics["runtime"]["tolerance"],
-                {each["tier"]: each["tolerance"] for key in ("runtime", "fast_runtime") if (each := metrics.get(key))},
-            )
+            try:
+                for name in (MODEL, *metrics["code"]):
+                    target = Path(folder, name)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(archive.read(name))
+                postprocess = read_model(Path(folder, MODEL))["postprocess"]
+                return cls(
+                    build_postprocessor(postprocess, folder),
+                    [{**entry, "scores": [float(score) for score in entry["scores"]]} for entry in entries],
+                    [archive.read(f"references/{entry['file']}") for entry in entries],
+                    str(metrics["pipeline_fingerprint"]),
+                    float(metrics["runtime"]["tolerance"]),
+                    {
+                        str(each["tier"]): float(each["tolerance"])
+                        for key in ("runtime", "fast_runtime")
+                        if (each := metrics.get(key))
+                    },
+                )
+            except (DefinitionError, LookupError, TypeError, ValueError, OverflowError, OSError) as error:
+                raise archive.refused(f"its definition, references or metrics: {error}") from error
 
 
 @dataclass(frozen=True)

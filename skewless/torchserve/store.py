@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from skewless.errors import UsageError
-from skewless.torchserve.server import name_and_version
+from skewless.torchserve.archive import METRICS, Archive
 
 _FINGERPRINT_DIGITS = 12
 
@@ -56,11 +54,11 @@ def listing(store: Path, registered: Iterable[Mapping[str, Any]] = ()) -> list[S
         row = rows.pop(path.name, None)
         state = {"default": row["default"], "workers": row["workers"]} if row else {}
         try:
-            name, version = name_and_version(path)
+            with Archive(path) as archive:
+                name, version = archive.name_and_version()
+                found.append(StoredVersion(name, version, path.name, **state, **_measured(archive)))
         except UsageError as error:
             found.append(StoredVersion(path.stem, "", path.name, problem=str(error)))
-            continue
-        found.append(StoredVersion(name, version, path.name, **state, **_measured(path)))
     for row in rows.values():
         # Retraining is proving it, or the file has been removed since it was registered.
         problem = "not proved yet" if row["archive"].endswith(UNPROVED) else "the file is gone"
@@ -73,7 +71,7 @@ def listing(store: Path, registered: Iterable[Mapping[str, Any]] = ()) -> list[S
 def by_version(archive: Path) -> list[tuple[bool, int, str]]:
     """A key to sort archives by: numbers in a name compare as numbers, so 1.10 is above 1.9."""
     parts = re.split(r"(\d+)", archive.stem)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def as_table(rows: list[StoredVersion]) -> str:
@@ -90,16 +88,24 @@ def as_table(rows: list[StoredVersion]) -> str:
     return "\n".join(text + [f"{row.archive}: {row.problem}" for row in rows if row.problem])
 
 
-def _measured(path: Path) -> dict[str, Any]:
+def _measured(archive: Archive) -> dict[str, Any]:
     """The figures that an archive's metrics.json has; empty for an archive that was not built by `skewless build`."""
-    with zipfile.ZipFile(path) as archive:
-        if "metrics.json" not in archive.namelist():
-            return {}
-        metrics = json.loads(archive.read("metrics.json"))
-    return {
-        "threshold": metrics["threshold"],
-        "fingerprint": metrics["pipeline_fingerprint"][:_FINGERPRINT_DIGITS],
-        "runtime": metrics["runtime"]["name"],
-        "tier": metrics.get("tier", metrics["runtime"]["tier"]),
-        "auc": metrics["evaluation"]["auc"],
-    }
+    if METRICS not in archive:
+        return {}
+    metrics = archive.json_object(METRICS)
+    try:
+        return {
+            "threshold": _number(metrics["threshold"]),
+            "fingerprint": str(metrics["pipeline_fingerprint"])[:_FINGERPRINT_DIGITS],
+            "runtime": str(metrics["runtime"]["name"]),
+            "tier": str(metrics.get("tier", metrics["runtime"]["tier"])),
+            "auc": _number(metrics["evaluation"]["auc"]),
+        }
+    except (LookupError, TypeError, OverflowError) as error:
+        raise archive.refused(f"its {METRICS} is not as `skewless build` writes it: {error!r}") from error
+
+
+def _number(value: Any) -> float | None:
+    if value is not None and type(value) not in (int, float):
+        raise TypeError(f"{value!r:.60} is no number")
+    return None if value is None else float(value)

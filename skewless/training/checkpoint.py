@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ _KEYS = (
     # What evaluation has to reproduce; all three are empty in an imported checkpoint.
     *("validation_scores", "stage_sources", "stage_outputs"),
 )
+
+
+_KINDS: dict[str, type] = {"epoch": int, "pipeline_fingerprint": str, "history": list}
 
 
 class CheckpointError(ValueError):
@@ -40,11 +44,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
         raise CheckpointError(f"{path} is not a checkpoint that loads without running code: {error}") from error
     missing = [k for k in _KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
+    wrong = [k for k in _KEYS if not missing and not isinstance(checkpoint[k], _KINDS.get(k, Mapping))]
     if missing:
         raise CheckpointError(
             f"{path} lacks {', '.join(missing)}: it was not written by `skewless train`; `skewless import` takes others"
         )
-    if fingerprint_of(checkpoint["pipeline"]) != checkpoint["pipeline_fingerprint"]:
+    if wrong:
+        raise CheckpointError(f"{path}: its {wrong[0]} is {checkpoint[wrong[0]]!r:.60}; the file was edited")
+    weights = checkpoint["model_state_dict"]
+    if other := [k for k, v in weights.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor)]:
+        raise CheckpointError(
+            f"{path}: its model_state_dict has {other[0]!r:.60}, which is no tensor; the file was edited"
+        )
+    try:
+        fingerprint = fingerprint_of(checkpoint["pipeline"])
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its pipeline is no definition ({error!r}); the file was edited") from error
+    if fingerprint != checkpoint["pipeline_fingerprint"]:
         raise CheckpointError(f"{path}: its pipeline does not have the fingerprint it records; the file was edited")
     return checkpoint
 

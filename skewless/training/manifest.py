@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sklearn.model_selection import StratifiedGroupKFold
+
+from skewless.csv_file import csv_rows
 
 SPLITS = ("train", "val", "test")
 BINARY = ("negative", "positive")
@@ -44,9 +45,7 @@ def read_manifest(manifest: str | Path, root: str | Path, classes: Sequence[str]
     # A class that is itself called "no" keeps its own number.
     labels = (_YES_AND_NO if len(classes) == 2 else {}) | named
     files: set[Path] = set()
-    # A byte-order mark is what spreadsheets write.
-    with open(manifest, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+    with csv_rows(manifest, ManifestError) as reader:
         columns = reader.fieldnames or []
         column = _label_column(manifest, columns)
         recordings: dict[str, Recording] = {}
@@ -61,11 +60,13 @@ def read_manifest(manifest: str | Path, root: str | Path, classes: Sequence[str]
             if split and split not in SPLITS:
                 raise ManifestError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
             path = Path(root, name)
-            if not name or path.resolve() in files:
-                raise ManifestError(f"{where}: file_path {name!r} is {'repeated' if name else 'empty'}")
+            if not name:
+                raise ManifestError(f"{where}: file_path is empty")
+            if not _is_file(path):
+                raise ManifestError(f"{where}: there is no file {str(path)!r:.300}; is the root folder right?")
+            if path.resolve() in files:
+                raise ManifestError(f"{where}: file_path {name!r} is repeated")
             files.add(path.resolve())
-            if not path.is_file():
-                raise ManifestError(f"{where}: there is no file {path}; is the root folder right?")
             recordings[name] = Recording(name, path, labels[label.lower()], split, group)
     rows = list(recordings.values())
     without = [r.file_path for r in rows if not r.split]
@@ -75,6 +76,13 @@ def read_manifest(manifest: str | Path, root: str | Path, classes: Sequence[str]
         rows = assign_splits(rows)
     _check_groups(manifest, rows)
     return rows
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, or with a NUL
+        return False
 
 
 def _label_column(manifest: str | Path, columns: Sequence[str]) -> str:

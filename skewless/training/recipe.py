@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
+from skewless.core.errors import DefinitionError
+from skewless.core.yaml_file import read_yaml
 
 PARTS = ("corpus", "training")
 
@@ -16,9 +17,9 @@ def read_recipe(path: Path, part: str) -> dict[str, Any]:
     Raises ValueError for a file that is not YAML, has other parts, or has no parameters for this one.
     """
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        recipe = read_yaml(path)
+    except DefinitionError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} is {recipe!r:.60}, expected the parts {' and '.join(PARTS)}")
     if unknown := [str(key) for key in recipe if key not in PARTS]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ class ExportedNetwork(Network):
 
         try:
             with open(path, "rb") as file:
-                checked = cleaned(file.read(MAX_BYTES + 1))
+                # Not all that it may have at once: Python takes the memory before it reads.
+                size = os.fstat(file.fileno()).st_size
+                checked = cleaned(file.read(min(size, MAX_BYTES) + 1))
             with warnings.catch_warnings(action="ignore", category=UserWarning):
                 # Without torch's warning of weights in bytes that Python takes for constant: nothing else has them.
                 program = load_pt2(checked).exported_programs["model"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from skewless.core.networks import Network, build_network
@@ -71,7 +72,7 @@ class EagerRuntime(Runtime):
         if not built.files:
             try:
                 built.load_state_dict(load_file(archive_dir / WEIGHTS), strict=True)
-            except RuntimeError as error:
+            except (RuntimeError, SafetensorError) as error:
                 raise ValueError(f"{WEIGHTS} does not fit the network: {error}") from error
         return cls(built, device, settings, absorbed)
 
