@@ -23,15 +23,16 @@ import pytest
 import soundfile
 from PIL import Image
 
-from benchmarks import soak
-from benchmarks.bombs import BOMBS, HEAVY, NEVER, bomb, wav
-from benchmarks.canaries import Archive, check
-from benchmarks.crowd import CROWD, Canary, Crowd, Pace, Phase, Sent
-from benchmarks.defects import KEPT_OF_A_SORT, Defect, Defects, kept_messages, verdict
-from benchmarks.hostile import BOMB, MUTATED, SHARES, Plan, Target, kinds
 from benchmarks.load import WrongAnswer
-from benchmarks.messages import GRPC, HTTP, LEFT, NO_ANSWER, Message, Wire
-from benchmarks.mutations import (
+from benchmarks.soak import __main__ as soak
+from benchmarks.soak.bombs import BOMBS, HEAVY, NEVER, bomb, wav
+from benchmarks.soak.canaries import Archive, check
+from benchmarks.soak.crowd import CROWD, Canary, Crowd, Pace, Phase, Sent
+from benchmarks.soak.defects import KEPT_OF_A_SORT, Defect, Defects, kept_messages, verdict
+from benchmarks.soak.figures import as_markdown, picture
+from benchmarks.soak.hostile import BOMB, MUTATED, SHARES, Plan, Target, kinds
+from benchmarks.soak.messages import GRPC, HTTP, LEFT, NO_ANSWER, Message, Wire
+from benchmarks.soak.mutations import (
     AUDIO,
     FIELDS,
     IMAGE,
@@ -42,8 +43,7 @@ from benchmarks.mutations import (
     places,
     with_checksums,
 )
-from benchmarks.soak_figures import as_markdown, picture
-from benchmarks.workers import Watch, Worker, slope
+from benchmarks.soak.workers import Watch, Worker, slope
 from skewless.core.postprocess import build_postprocessor
 from skewless.core.stages.decode import identify as identify_audio
 from skewless.core.stages.image import identify as identify_image
@@ -226,7 +226,7 @@ def test_a_counted_crowd_has_so_many_of_each():
 
 
 def test_archives_take_turns(monkeypatch):
-    monkeypatch.setattr("benchmarks.hostile.ASTRAY", 0.0)
+    monkeypatch.setattr("benchmarks.soak.hostile.ASTRAY", 0.0)
     three = [*TARGETS, replace(TARGETS[0], name="orca"), replace(TARGETS[0], name="talent")]
     counted = Plan.make(three, 7, requests=84, bombs=3)
     got = Counter((m.kind, m.model) for m in map(counted.message, range(len(counted))) if m.group == BOMB)
@@ -533,8 +533,8 @@ def make_crowd(tmp_path: Path, archive: Archive, plan: Plan, failing: str, answe
         time.sleep(0.01)
         return client.answer, check(archive, number, client.answer.body) if client.answer.status == 200 else 0.0
 
-    monkeypatch.setattr("benchmarks.crowd.WAYS", {"only": ask})
-    monkeypatch.setattr("benchmarks.crowd.LOOK_S", 0.02)
+    monkeypatch.setattr("benchmarks.soak.crowd.WAYS", {"only": ask})
+    monkeypatch.setattr("benchmarks.soak.crowd.LOOK_S", 0.02)
     server = SimpleNamespace(process=lambda: object(), stop=lambda: None)
     watch = SimpleNamespace(look=lambda now: [], workers=[])
     # Stands for what has more than a test needs.

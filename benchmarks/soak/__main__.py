@@ -30,15 +30,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.canaries import WAYS, Archive
-from benchmarks.crowd import ALONE, COMPANY, CROWD, WARM_UP, Crowd, Phase
-from benchmarks.defects import Defects, kept_messages, verdict
-from benchmarks.hostile import Plan
 from benchmarks.load import WrongAnswer
-from benchmarks.messages import Wire
 from benchmarks.serving import machine, wait_until_quiet
-from benchmarks.soak_figures import as_markdown, picture, summarize
-from benchmarks.workers import Watch, Worker
+from benchmarks.soak.canaries import WAYS, Archive
+from benchmarks.soak.crowd import ALONE, COMPANY, CROWD, WARM_UP, Crowd, Phase
+from benchmarks.soak.defects import Defects, kept_messages, verdict
+from benchmarks.soak.figures import as_markdown, picture, summarize
+from benchmarks.soak.hostile import Plan
+from benchmarks.soak.messages import Wire
+from benchmarks.soak.workers import Watch, Worker
 from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve.client import Client

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from benchmarks.mutations import AUDIO, IMAGE
+from benchmarks.soak.mutations import AUDIO, IMAGE
 
 
 def wav(samples: bytes, rate: int, channels: int = 1, bits: int = 16, form: int = 1) -> bytes:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
-from benchmarks.bombs import BOMBS, HEAVY, NEVER, bomb
-from benchmarks.messages import GOOD, GRPC, HTTP, Message, grpc_data
-from benchmarks.mutations import MUTATIONS, make_files, mutate
+from benchmarks.soak.bombs import BOMBS, HEAVY, NEVER, bomb
+from benchmarks.soak.messages import GOOD, GRPC, HTTP, Message, grpc_data
+from benchmarks.soak.mutations import MUTATIONS, make_files, mutate
 
 BOUNDARY = b"soak-7f3a9c"
 MUTATED, BOMB, HEAVY_GROUP = "mutated files", "bombs", "heavy files"

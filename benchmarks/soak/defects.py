@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.messages import GOOD, GRPC, HTTP, LEFT, NO_ANSWER, Message, is_json
+from benchmarks.soak.messages import GOOD, GRPC, HTTP, LEFT, NO_ANSWER, Message, is_json
 from skewless.core.files import atomic
 from skewless.torchserve.client import Answer
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.crowd import ALONE, COMPANY, CROWD, WARM_UP, Crowd, Phase, Sent
 from benchmarks.figures import percentiles
-from benchmarks.messages import LEFT, NO_ANSWER
-from benchmarks.workers import Worker, slope
+from benchmarks.soak.crowd import ALONE, COMPANY, CROWD, WARM_UP, Crowd, Phase, Sent
+from benchmarks.soak.messages import LEFT, NO_ANSWER
+from benchmarks.soak.workers import Worker, slope
 
 ALL = "all"
 # Of that phase, when a worker still grows into its work.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.hostile import Target
 from benchmarks.load import WrongAnswer, deviation
-from benchmarks.messages import PATIENCE_S
+from benchmarks.soak.hostile import Target
+from benchmarks.soak.messages import PATIENCE_S
 from skewless.core.definition import Definition
 from skewless.core.postprocess import Postprocessor
 from skewless.torchserve.client import Answer, Client

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from benchmarks.canaries import WAYS, Archive
-from benchmarks.defects import Defect, Defects, is_busy, verdict
-from benchmarks.hostile import Plan
 from benchmarks.load import WrongAnswer
-from benchmarks.messages import NO_ANSWER, Message, Wire
-from benchmarks.workers import Watch
+from benchmarks.soak.canaries import WAYS, Archive
+from benchmarks.soak.defects import Defect, Defects, is_busy, verdict
+from benchmarks.soak.hostile import Plan
+from benchmarks.soak.messages import NO_ANSWER, Message, Wire
+from benchmarks.soak.workers import Watch
 from skewless.errors import ServerError
 from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server

@@ -1,0 +1,1 @@
+"""A hostile crowd and canaries against one TorchServe: `python -m benchmarks.soak`."""
