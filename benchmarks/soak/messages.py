@@ -145,6 +145,8 @@ class Wire:
             text, _, kind = words.partition("\n")
             kind = kind.rpartition(".")[2]
             status = 404 if kind in NOT_FOUND else HTTP_STATUS.get(error.code(), 500)
+            # What REST answers 400 to, such as no model's name, arrives as INTERNAL, too.
+            status = 400 if "BadRequestException" in words else status
             return status, json.dumps({"code": status, "type": kind or error.code().name, "message": text}).encode()
         text = MESSAGES["PredictionResponse"].FromString(reply).prediction
         code = _body(text).get("code")
