@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks import load
 from handler.entry import SkewlessHandler
+from skewless.core import load_error
 from skewless.core.cascade import Cascade
 from skewless.core.definition import Definition
 from skewless.core.networks.keras_resnet50 import KerasResNet50
@@ -748,3 +749,8 @@ def test_code_that_an_archive_names_never_leads_out_of_the_smoke_tests_folder(
     path = zipped(tmp_path / "evil.mar", members)
     smoke.References.from_archive(path)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["evil.mar", "temporary"]
+
+
+def test_no_models_name_leads_out_of_the_folder_of_load_errors(tmp_path):
+    for name in ("../outside", "/outside", "a/../../outside"):
+        assert load_error.path(tmp_path, name, "1.0") == tmp_path / "outside-1.0.json"

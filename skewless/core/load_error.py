@@ -32,8 +32,8 @@ def written_down(model: Mapping[str, Any]) -> Iterator[None]:
 
 
 def path(folder: Path, name: str, version: str) -> Path:
-    """Where the reason for one version is written."""
-    return folder / f"{name}-{version}.json"
+    """Where the reason for one version is written: in the folder, whatever a manifest calls its model."""
+    return folder / Path(f"{name}-{version}.json").name
 
 
 def read(file: Path) -> str | None:
