@@ -2,7 +2,7 @@
 
 `python -m tests.reading_process` takes lines `{"target": ..., "path": ...}` and answers each with what reading gave: a value,
 one of the documented errors, or a fault. While it reads, nothing may be started, connected to, deleted or written outside
-of its temporary folder, and it has 1.5 GiB of address space beyond what it had before.
+of its temporary folder, and it has 1.5 GiB of address space beyond what it had before, and a minute.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from tests.demonstration import ROOT
 
 MORE_BYTES = 3 * 2**29
+LONGEST_S = 60
 _ACTS = (
     *("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.putenv", "os.spawn", "os.system", "pty.spawn"),
     *("os.chmod", "os.link", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate", "shutil.rmtree"),
@@ -166,6 +167,11 @@ def outcome(target: Target, path: Path, guard: _Guard) -> dict[str, str]:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
+            # Of the processor's time: a few kilobytes that take a minute have no end.
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            resource.setrlimit(
+                resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + LONGEST_S, resource.RLIM_INFINITY)
+            )
             with guard.on():
                 value = target.read(path)
             found = {"kind": "value", "text": f"{value!r:.500}"}

@@ -13,6 +13,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import mmap
+import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
@@ -79,11 +82,14 @@ def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] =
         with path.open("rb") as file:
             start = file.read(8)
             if start == b"\x89HDF\r\n\x1a\n":
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    _check_heaps(data)
                 return _read_h5(path, file, None, "", network, replaced)
             if start[:4] == b"PK\x03\x04":
                 with zipfile.ZipFile(file) as archive:
                     config, version = json.loads(_member(archive, "config.json", _MAX_CONFIG)), _version(archive)
                     weights = io.BytesIO(_member(archive, "model.weights.h5", _MAX_WEIGHTS))
+                _check_heaps(weights.getbuffer())
                 return _read_h5(path, weights, config, version, network, replaced)
     except ImportFileError as error:
         raise ImportFileError(f"{path}: {error}") from error
@@ -93,6 +99,21 @@ def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] =
         raise ImportFileError(f"{path} is damaged, or not as Keras writes it: {error!r}") from error
     shown = start.hex(" ") or "nothing"
     raise ImportFileError(f"{path} starts with {shown}: neither a .keras file (a zip) nor HDF5; give what Keras saved")
+
+
+def _check_heaps(data: mmap.mmap | memoryview) -> None:
+    """Raise ImportFileError for a heap of texts in HDF5 ("HDF5 File Format Specification", III.E) whose objects do not follow
+    one another up to its end: at one that takes no place, HDF5 1.14 would look for the next for ever."""
+    for found in re.finditer(rb"GCOL\x01\0\0\0", data):
+        (size,) = struct.unpack_from("<Q", data, found.start() + 8) if found.end() + 8 <= len(data) else (0,)
+        at, end = found.start() + 16, min(found.start() + size, len(data))
+        while at + 16 <= end:
+            number, length = struct.unpack_from("<H6xQ", data, at)
+            # Number 0 is what is left free; it counts its own header.
+            taken = 16 + (length + 7) // 8 * 8 if number else length
+            if not 16 <= taken <= end - at:
+                raise ImportFileError(f"it is damaged: {taken:,} bytes at {at:,}, expected 16 to {end - at:,}")
+            at += taken
 
 
 def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
