@@ -35,7 +35,7 @@ from skewless.core.service import ModelService, Prepared, Response
 from skewless.core.stages import InputError, PipelineError, Signal, Stage
 from skewless.core.stages.decode import LARGEST_LEVEL, Decode
 from skewless.core.stages.waveform import Downmix
-from skewless.errors import BuildError
+from skewless.errors import BuildError, UsageError
 from skewless.evaluation.metrics import auc, best_threshold, measure_classes, measure_two_classes
 from skewless.evaluation.scores import Prediction
 from skewless.importers import evidence, inflated, keras_file
