@@ -37,7 +37,7 @@ class Acted(BaseException):
 
 
 @dataclass
-class _Guard:
+class Guard:
     watching: bool = False
     scratch: str = ""
 
@@ -162,7 +162,7 @@ def targets() -> dict[str, Target]:
     }
 
 
-def outcome(target: Target, path: Path, guard: _Guard) -> dict[str, str]:
+def outcome(target: Target, path: Path, guard: Guard) -> dict[str, str]:
     """`kind` is "value", "refusal" or "fault"; `text` is the error's message, or a fault's traceback."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -192,7 +192,7 @@ def _unprintable(text: str) -> bool:
 
 
 def main() -> None:
-    guard, known = _Guard(), targets()
+    guard, known = Guard(), targets()
     sys.addaudithook(guard)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
