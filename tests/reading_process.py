@@ -167,11 +167,6 @@ def outcome(target: Target, path: Path, guard: Guard) -> dict[str, str]:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            # Of the processor's time: a few kilobytes that take a minute have no end.
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            resource.setrlimit(
-                resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + LONGEST_S, resource.RLIM_INFINITY)
-            )
             with guard.on():
                 value = target.read(path)
             found = {"kind": "value", "text": f"{value!r:.500}"}
@@ -206,6 +201,10 @@ def main() -> None:
                 resource.setrlimit(resource.RLIMIT_AS, (most, most))
                 answer = {"kind": "value", "text": f"{most:,} bytes"}
             else:
+                # Of the processor's time: a few kilobytes that take a minute have no end.
+                used = resource.getrusage(resource.RUSAGE_SELF)
+                until = int(used.ru_utime + used.ru_stime) + LONGEST_S
+                resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
                 answer = outcome(known[asked["target"]], Path(asked["path"]), guard)
             print(json.dumps(answer), file=answers, flush=True)
 
