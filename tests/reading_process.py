@@ -37,7 +37,7 @@ class Acted(BaseException):
 
 
 @dataclass
-class _Guard:
+class Guard:
     watching: bool = False
     scratch: str = ""
 
@@ -162,16 +162,11 @@ def targets() -> dict[str, Target]:
     }
 
 
-def outcome(target: Target, path: Path, guard: _Guard) -> dict[str, str]:
+def outcome(target: Target, path: Path, guard: Guard) -> dict[str, str]:
     """`kind` is "value", "refusal" or "fault"; `text` is the error's message, or a fault's traceback."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            # Of the processor's time: a few kilobytes that take a minute have no end.
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            resource.setrlimit(
-                resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + LONGEST_S, resource.RLIM_INFINITY)
-            )
             with guard.on():
                 value = target.read(path)
             found = {"kind": "value", "text": f"{value!r:.500}"}
@@ -192,7 +187,7 @@ def _unprintable(text: str) -> bool:
 
 
 def main() -> None:
-    guard, known = _Guard(), targets()
+    guard, known = Guard(), targets()
     sys.addaudithook(guard)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -206,6 +201,10 @@ def main() -> None:
                 resource.setrlimit(resource.RLIMIT_AS, (most, most))
                 answer = {"kind": "value", "text": f"{most:,} bytes"}
             else:
+                # Of the processor's time: a few kilobytes that take a minute have no end.
+                used = resource.getrusage(resource.RUSAGE_SELF)
+                until = int(used.ru_utime + used.ru_stime) + LONGEST_S
+                resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
                 answer = outcome(known[asked["target"]], Path(asked["path"]), guard)
             print(json.dumps(answer), file=answers, flush=True)
 

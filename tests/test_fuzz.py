@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from handler.forms import request_of
 from skewless.core.request import LONGEST_NAME, PAYLOAD_FIELDS, BatchRequest, Limits, Request, RequestError
 from tests import hostile
-from tests.reading_process import Reader
+from tests.reading_process import Acted, Guard, Reader, Target, outcome
 
 FINDINGS = Path(__file__).parent / "findings"
 _WANTED = os.environ.get("SKEWLESS_FUZZ_EXAMPLES")
@@ -363,7 +364,6 @@ def check_refusal(error: RequestError) -> None:
 
 def test_the_reading_process_tells_an_act_from_a_refusal(files: Files, tmp_path: Path):
     """The harness itself: a file that is written, and a death, are faults."""
-    from tests.reading_process import Acted, Target, _Guard, outcome
 
     def writes(path: Path) -> None:
         (path / "written").write_text("x")
@@ -371,13 +371,10 @@ def test_the_reading_process_tells_an_act_from_a_refusal(files: Files, tmp_path:
     def dies(path: Path) -> None:
         raise KeyError("no")
 
-    guard = _Guard(scratch="/nowhere")
-    import sys
-
+    guard = Guard(scratch="/nowhere")
     sys.addaudithook(guard)
     assert "Acted" in outcome(Target(writes, (Exception,)), tmp_path, guard)["text"]
     assert not (tmp_path / "written").exists()
     assert outcome(Target(dies, (ValueError,)), tmp_path, guard)["kind"] == "fault"
     assert outcome(Target(dies, (KeyError,)), tmp_path, guard) == {"kind": "refusal", "text": "'no'"}
     assert issubclass(Acted, BaseException) and not issubclass(Acted, Exception)
-    _: Callable[..., Any] = writes

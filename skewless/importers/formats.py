@@ -38,7 +38,7 @@ def format_of(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
-    except zipfile.BadZipFile as error:
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise ImportFileError(f"{path} starts as a zip does, and is damaged: {error}") from error
     # torch puts everything below one folder of any name, Keras puts it at the top.
     inside = {name.partition("/")[2] for name in members}
