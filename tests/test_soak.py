@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import socketserver
 import subprocess
 import sys
@@ -57,8 +58,9 @@ from tests.recordings import one_thread  # noqa: F401
 
 # Of the run that ./scripts/test.sh makes, without starting the server: three calm phases and the crowd.
 CALM_S, CROWD_S = 8.0, 96.0
-# The most that a worker may have had in memory. Generous: what an idle one needs, and the worst accepted request twice.
-WORKER_MB = 6000
+# The most that a worker may have had in memory. Generous: what an idle one needs, and for each file that is read at once the worst
+# that orca's limits accept.
+WORKER_MB = 2000 + 1500 * (os.cpu_count() or 1)
 
 
 # --- what is sent ------------------------------------------------------------------------------------------------------
