@@ -286,6 +286,34 @@ def test_a_truncated_file_is_malformed_or_has_every_pixel(name: str):
     assert accepted < (len(data) if name == "animated PNG" else 32)
 
 
+def png_of(size: tuple[int, int], depth: int, colour: int, interlaced: int, pixels: bytes) -> bytes:
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, interlaced))]
+    packed = zlib.compress(pixels)
+    parts += [(b"IDAT", packed[:20]), (b"IDAT", packed[20:]), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(body)) + name + body for name, body in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(c + struct.pack(">I", zlib.crc32(c[4:])) for c in chunks)
+
+
+@pytest.mark.parametrize(("depth", "colour"), [(1, 0), (8, 0), (8, 2), (16, 2), (8, 4), (8, 6), (16, 6)])
+@pytest.mark.parametrize("interlaced", [False, True], ids=["plain", "interlaced"])
+def test_a_png_has_all_its_rows(depth: int, colour: int, interlaced: bool):
+    """Compressed data that ends properly, but before the last row: Pillow shows black there."""
+    width, height = 37, 35
+    bits = depth * {0: 1, 2: 3, 4: 2, 6: 4}[colour]
+    passes = [(0, 0, 1, 1)]
+    if interlaced:
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = [1 + (len(range(x, width, dx)) * bits + 7) // 8 for x, y, dx, dy in passes for _ in range(y, height, dy)]
+    whole = b"".join(b"\0" + bytes([17 * n % 251]) * (length - 1) for n, length in enumerate(rows))
+    assert decode(png_of((width, height), depth, colour, interlaced, whole)).data.shape == (1, 3, height, width)
+    for missing in (1, rows[-1], len(whole) - rows[0]):
+        short = png_of((width, height), depth, colour, interlaced, whole[:-missing])
+        with pytest.raises(
+            InputError, match=f"PNG data has {len(whole) - missing:,} of {len(whole):,} bytes of pixels"
+        ):
+            decode(short)
+
+
 @pytest.mark.parametrize("name", sound_files())
 def test_damage_is_never_our_fault(name: str):
     data, generator = sound_files()[name], random.Random(1)

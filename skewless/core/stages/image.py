@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -225,7 +227,38 @@ def _open(payload: Payload, kind: str) -> ImageFile:
             f"the JPEG sends its picture in {scans:,} scans, at most {MOST_SCANS} are accepted; save it again",
             "too_large",
         )
+    if kind == "PNG":
+        _check_png_complete(payload.data)
     return image
+
+
+# Of a PNG's seven passes when it is interlaced: first column and row, and steps to the next (PNG specification, 8).
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+
+
+def _check_png_complete(data: bytes) -> None:
+    """Pillow gives black for the rows that are missing of a PNG whose compressed data has a proper end."""
+    width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    wanted = 0
+    for column, row, across, down in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((column - width) // across), -((row - height) // down)
+        if columns > 0 and rows > 0:
+            # A row begins with its filter's number.
+            wanted += rows * (1 + -(-columns * _PNG_CHANNELS[colour] * bits // 8))
+    inflating, found, at = zlib.decompressobj(), 0, 8
+    while found < wanted and at + 8 <= len(data) and not inflating.eof:
+        size, name = struct.unpack_from(">I4s", data, at)
+        part = data[at + 8 : at + 8 + size] if name == b"IDAT" else b""
+        while part and found < wanted:
+            found += len(inflating.decompress(part, 2**20))
+            part = inflating.unconsumed_tail
+        at += 12 + size
+    found += 0 if found >= wanted else len(inflating.flush())
+    if found < wanted:
+        raise InputError(
+            f"the PNG data has {found:,} of {wanted:,} bytes of pixels; the file is damaged or cut short, send the whole one"
+        )
 
 
 # A marker that a length follows (ITU-T T.81, B.1.1.3): no stuffed zero, no restart, no start of an image, no fill byte.
