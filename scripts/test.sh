@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 if [ $# -gt 0 ]; then
     "$PYTHON" -m pytest "$@"
 else
-    "$PYTHON" -m pytest -m "not chain" -n 2 --dist loadscope
-    "$PYTHON" -m pytest -m chain -n 2 --dist loadscope
+    # A test process that dies is a failure, and not started again: its module would be run once more, or waited for.
+    "$PYTHON" -m pytest -m "not chain" -n 2 --dist loadscope --max-worker-restart 0
+    "$PYTHON" -m pytest -m chain -n 2 --dist loadscope --max-worker-restart 0
 fi
