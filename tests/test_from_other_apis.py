@@ -142,7 +142,9 @@ def test_the_talent_apis_retraining(reader: Reader, server: Server):
     version, number = re.match(r"talent (\d+\.0): process (\d+)", started).groups()
     status = Status(**json.loads(status))
     try:
-        assert (status.state, status.version, status.pid) == ("running", version, int(number))
+        assert (status.version, status.pid) == (version, int(number))
+        # On a slow machine it has ended before the second command has begun.
+        assert status.state in ("running", "succeeded")
         deadline = time.monotonic() + 300
         while status.state == "running":
             assert time.monotonic() < deadline, status
