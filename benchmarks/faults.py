@@ -19,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zipfile
@@ -27,12 +26,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import soundfile
 
+from benchmarks.command import scratch_folder
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve.client import Answer, Client
 from skewless.torchserve.server import Server, name_and_version
@@ -498,18 +497,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.kills < 1 or args.every < 0:
         parser.error(f"--kills {args.kills} --every {args.every}: expected at least 1, and 0 seconds or more")
-    # Whoever ends the benchmark ends its server, too.
-    previous: Any = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # A short path: TorchServe's workers listen on sockets in there.
-    with tempfile.TemporaryDirectory(prefix="fa") as scratch:
-        try:
-            rows = measure(args.archive, args.kills, args.every, Path(scratch))
-        except UsageError as error:
-            parser.error(str(error))
-        except (ServerError, LoadError) as error:
-            sys.exit(f"{parser.prog}: {error}")
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    with scratch_folder(parser) as scratch:
+        rows = measure(args.archive, args.kills, args.every, scratch)
     print(as_table(rows))
     sys.exit(not all(row.sound for row in rows))
 

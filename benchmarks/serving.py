@@ -15,10 +15,8 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +33,7 @@ import yaml
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
+from benchmarks.command import scratch_folder
 from benchmarks.figures import GRPC, IN_PROCESS, REST, as_markdown, picture, summarize
 from benchmarks.load import Cell, Lane, Load, Scores, WrongAnswer, deviation, run_cell
 from benchmarks.peers.adapters import CORES, PEERS, Peer, PeerError, start, versions
@@ -42,7 +41,7 @@ from benchmarks.processes import cpu_seconds, pause, peak_bytes, resume
 from benchmarks.uploads import KINDS, LONGEST_WHOLE, Upload, make_uploads
 from skewless.core.files import atomic
 from skewless.core.service import ModelService
-from skewless.errors import LoadError, ServerError, UsageError
+from skewless.errors import ServerError
 from skewless.torchserve.client import Answer, Client
 from skewless.torchserve.server import Server, name_and_version, session
 
@@ -499,18 +498,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--{name.replace('_', '-')} is {getattr(args, name):g}, expected a number of seconds, 0 or more"
             )
 
-    # Whoever ends the benchmark ends its servers, too.
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # A short path: TorchServe's workers and Ray listen on sockets in there.
-    with tempfile.TemporaryDirectory(prefix="sb") as scratch:
-        try:
-            code = run(args, [PEERS[name] for name in chosen], Path(scratch))
-        except (ValueError, UsageError) as error:
-            parser.error(str(error))
-        except (ServerError, LoadError) as error:
-            sys.exit(f"{parser.prog}: {error}")
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    with scratch_folder(parser, wrong=ValueError) as scratch:
+        code = run(args, [PEERS[name] for name in chosen], scratch)
     sys.exit(code)
 
 

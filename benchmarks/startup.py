@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
@@ -27,7 +25,8 @@ from pathlib import Path
 
 import psutil
 
-from skewless.errors import LoadError, ServerError, UsageError
+from benchmarks.command import scratch_folder
+from skewless.errors import ServerError, UsageError
 from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server, name_and_version
 
@@ -169,18 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no archive: {', '.join(missing)}; build one with `skewless build`")
     if args.rounds < 1:
         parser.error(f"--rounds is {args.rounds}, expected at least 1")
-    # Whoever ends the benchmark ends its server, too.
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # A short path: TorchServe's workers listen on sockets in there.
-    with tempfile.TemporaryDirectory(prefix="su") as scratch:
-        try:
-            print(measure(args.archives, args.rounds, Path(scratch)))
-        except UsageError as error:
-            parser.error(str(error))
-        except (ServerError, LoadError) as error:
-            sys.exit(f"{parser.prog}: {error}")
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    with scratch_folder(parser) as scratch:
+        print(measure(args.archives, args.rounds, scratch))
 
 
 if __name__ == "__main__":

@@ -514,10 +514,12 @@ def test_defects_are_counted_kept_and_bounded(tmp_path: Path):
 class _Wire:
     """A server that fails for one kind."""
 
-    def __init__(self, failing: str) -> None:
-        self.failing = failing
+    def __init__(self, failing: str, asked: threading.Event) -> None:
+        self.failing, self.asked = failing, asked
 
     def send(self, message: Message) -> Answer:
+        # Or the crowd may have gone before the first canary is asked.
+        assert self.asked.wait(60)
         if message.kind == self.failing:
             return Answer(500, {"code": 500, "message": "oh"}, 0.01)
         return Answer(400, {"code": 400, "message": "no"}, 0.01)
@@ -531,7 +533,10 @@ class _Client:
 def make_crowd(tmp_path: Path, archive: Archive, plan: Plan, failing: str, answer: Answer, monkeypatch) -> Crowd:
     """Callers of a server that is none."""
 
+    asked = threading.Event()
+
     def ask(client: _Client, archive: Archive, number: int) -> tuple[Answer, float]:
+        asked.set()
         time.sleep(0.01)
         return client.answer, check(archive, number, client.answer.body) if client.answer.status == 200 else 0.0
 
@@ -540,7 +545,7 @@ def make_crowd(tmp_path: Path, archive: Archive, plan: Plan, failing: str, answe
     server = SimpleNamespace(process=lambda: object(), stop=lambda: None)
     watch = SimpleNamespace(look=lambda now: [], workers=[])
     # Stands for what has more than a test needs.
-    return Crowd(server, [archive], plan, _Client(answer), _Wire(failing), watch, Defects(tmp_path), {})  # type: ignore[arg-type]
+    return Crowd(server, [archive], plan, _Client(answer), _Wire(failing, asked), watch, Defects(tmp_path), {})  # type: ignore[arg-type]
 
 
 @pytest.fixture

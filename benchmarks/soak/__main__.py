@@ -18,9 +18,7 @@ import itertools
 import json
 import math
 import shutil
-import signal
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
@@ -30,6 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.command import scratch_folder
 from benchmarks.load import WrongAnswer
 from benchmarks.serving import machine, wait_until_quiet
 from benchmarks.soak.canaries import WAYS, Archive
@@ -40,7 +39,7 @@ from benchmarks.soak.hostile import Plan
 from benchmarks.soak.messages import Wire
 from benchmarks.soak.workers import Watch, Worker
 from skewless.core.files import atomic
-from skewless.errors import LoadError, ServerError, UsageError
+from skewless.errors import ServerError, UsageError
 from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server
 
@@ -242,18 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value is not None and not least <= value < math.inf:
             parser.error(f"--{name} is {value:g}, expected at least {least:g}")
 
-    # Whoever ends the soak ends its server, too.
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # A short path: TorchServe's workers listen on sockets in there.
-    with tempfile.TemporaryDirectory(prefix="sk") as scratch:
-        try:
-            code = (soak if args.repeat is None else repeat)(args, Path(scratch))
-        except (ValueError, UsageError) as error:
-            parser.error(str(error))
-        except (ServerError, LoadError) as error:
-            sys.exit(f"{parser.prog}: {error}")
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    with scratch_folder(parser, wrong=ValueError) as scratch:
+        code = (soak if args.repeat is None else repeat)(args, scratch)
     sys.exit(code)
 
 

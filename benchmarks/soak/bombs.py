@@ -59,15 +59,22 @@ def _fast_aiff() -> bytes:
     return bytes(data)
 
 
+def _silent_stream(output: av.container.OutputContainer, codec: str, rate: int, samples: int) -> av.AudioStream:
+    """A mono stream of the container that holds so many samples of silence."""
+    stream = output.add_stream(codec, rate=rate, layout="mono", options={"flags": "+bitexact"})
+    assert isinstance(stream, av.AudioStream)
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, samples), dtype=np.float32), format="fltp", layout="mono")
+    frame.sample_rate, frame.pts = rate, 0
+    output.mux(stream.encode(frame))
+    output.mux(stream.encode(None))
+    return stream
+
+
 def _long_opus(seconds: int) -> bytes:
     """Silence in packets of 120 ms, each of one byte."""
     file = io.BytesIO()
     with av.open(file, "w", format="ogg", options={"fflags": "+bitexact"}) as output:
-        stream = output.add_stream("libopus", rate=48_000, layout="mono", options={"flags": "+bitexact"})
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), dtype=np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 48_000, 0
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
+        stream = _silent_stream(output, "libopus", 48_000, 960)
         for number in range(1, round(seconds / 0.12)):
             # RFC 6716, 3.1 and 3.2.3: two frames of 60 ms (SILK, narrowband), both empty.
             packet = av.Packet(b"\x19")
@@ -110,11 +117,7 @@ def _endless_mp4() -> bytes:
     """Samples of one byte each, two thousand million of them by its table."""
     file = io.BytesIO()
     with av.open(file, "w", format="ipod", options={"fflags": "+bitexact"}) as output:
-        stream = output.add_stream("aac", rate=44_100, layout="mono", options={"flags": "+bitexact"})
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44_100), dtype=np.float32), format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = 44_100, 0
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
+        _silent_stream(output, "aac", 44_100, 44_100)
     data = bytearray(file.getvalue())
     struct.pack_into(">II", data, data.index(b"stsz") + 8, 1, 2**31 - 1)
     struct.pack_into(">II", data, data.index(b"stts") + 8, 1, 2**31 - 1)
