@@ -6,6 +6,7 @@ an archive is code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import re
@@ -21,6 +22,7 @@ from skewless.core.yaml_file import MAX_BYTES, parse_yaml
 from skewless.errors import UsageError
 
 MANIFEST, METRICS, MODEL = "MAR-INF/MANIFEST.json", "metrics.json", "model.yaml"
+SIGNATURE = "signature.json"  # over every other member
 MAX_JSON_BYTES = 32 * 2**20
 MAX_FILE_BYTES = 64 * 2**20  # a reference is sent as a request, and this is the largest that config.properties lets in
 MAX_READ_BYTES = 2**30  # of all members together
@@ -109,6 +111,20 @@ class Archive:
         if not isinstance(model, dict):
             raise self.refused(f"its {MANIFEST} has no 'model'")
         return self._name("name", model.get("modelName")), self._name("version", model.get("modelVersion"))
+
+    def digest(self) -> str:
+        """SHA-256 of what the archive holds, in hexadecimal: of the lines "SHA-256  name" of its files, sorted by name, without its
+        signature. Archives of the same files have the same one, however they were zipped and whoever signed them."""
+        lines = []
+        for info in sorted(self._zip.infolist(), key=lambda info: info.filename):
+            if info.is_dir() or info.filename == SIGNATURE:
+                continue
+            try:
+                with self._zip.open(info) as file:
+                    lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {info.filename}\n")
+            except _DAMAGE as error:
+                raise self.refused(f"its {info.filename} cannot be read: {error!r}") from error
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _name(self, what: str, value: Any) -> str:
         if not isinstance(value, str) or not NAME.fullmatch(value):
