@@ -151,7 +151,7 @@ def rollout_status(
     folder = Path(state_dir).resolve()
     found = state.rollouts(folder) if model is None else [_known(folder, model)]
     shown = [(each, run.verdict(folder, each) if each.running else None) for each in found]
-    text = "\n\n".join("\n".join(filter(None, (_as_text(each), judged and judged.text))) for each, judged in shown)
+    text = "\n\n".join("\n".join([_as_text(each), *([judged.text] if judged else [])]) for each, judged in shown)
     data = [{"rollout": each, "verdict": judged and judged.data} for each, judged in shown]
     return Result(data[0] if model else data, text or "no model has had a rollout")
 

@@ -16,6 +16,8 @@ local MOST_SHADOWS = 64
 -- Fields of one gRPC message: its inputs, and two names.
 local MOST_FIELDS = 4096
 local POLL_S = 0.05
+-- Workers that one request may take with it. A copy takes one: that the candidate dies of it is what the copy is for.
+local MOST_DEATHS = 2
 
 local INVALID_ARGUMENT, PERMISSION_DENIED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 3, 7, 12, 13, 14
 
@@ -203,7 +205,7 @@ end
 
 -- The answer to a request, sent again where that can help and cannot hurt: a prediction keeps nothing, so the same bytes
 -- get the same answer. What waits, waits for at most hold_s.
-local function forward(protocol, path, body, choice)
+local function forward(protocol, path, body, choice, most_deaths)
     local deadline = ngx.now() + gateway.settings.hold_s
     local deaths = 0
     while true do
@@ -213,7 +215,7 @@ local function forward(protocol, path, body, choice)
         if why == "died" then
             deaths = deaths + 1
         end
-        local again = why == "token" or why == "away" or (why == "died" and deaths < 2)
+        local again = why == "token" or why == "away" or (why == "died" and deaths < most_deaths)
             -- A TorchServe that has been started anew does not have its versions back yet.
             or (why == "unknown" and torchserve().registered[asked])
         if not again or ngx.now() > deadline then
@@ -265,7 +267,7 @@ function gateway.rest()
     local model, version = ngx.var.uri:match("^/predictions/([^/]+)/?([^/]*)$")
     local choice = choose(model, version ~= "" and version or nil)
     local path = "/torchserve/predictions/" .. model .. "/"
-    local answer = forward("rest", path .. (choice.version or ""), nil, choice)
+    local answer = forward("rest", path .. (choice.version or ""), nil, choice, MOST_DEATHS)
     choice.seconds = answer and answer.seconds
     announce(choice)
     if answer then
@@ -391,7 +393,7 @@ function gateway.grpc()
     end
     local choice = choose(model, version ~= "" and version or nil)
     local asked = version == "" and choice.version or nil
-    local answer = forward("grpc", PREDICTIONS, framed(message, asked), choice)
+    local answer = forward("grpc", PREDICTIONS, framed(message, asked), choice, MOST_DEATHS)
     choice.seconds = answer and answer.seconds
     announce(choice)
     if answer then
@@ -422,13 +424,13 @@ function gateway.shadow()
     local choice = { model = ngx.var.http_x_skewless_model, version = version }
     local answer, status
     if ngx.var.uri == "/shadow/grpc" then
-        answer = forward("grpc", PREDICTIONS, framed(received():sub(6), version), choice)
+        answer = forward("grpc", PREDICTIONS, framed(received():sub(6), version), choice, 1)
         status = answer and answer.status or 200
         local code = answer and answer.header["grpc-status"] or (answer and #answer.body >= 5 and 0) or UNAVAILABLE
         ngx.var.shadow_grpc_status = code
     else
         ngx.req.read_body()
-        answer = forward("rest", "/torchserve/predictions/" .. choice.model .. "/" .. version, nil, choice)
+        answer = forward("rest", "/torchserve/predictions/" .. choice.model .. "/" .. version, nil, choice, 1)
         status = answer and answer.status or 503
     end
     ngx.var.shadow_s = answer and string.format("%.4f", answer.seconds) or "null"

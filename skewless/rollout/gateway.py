@@ -105,8 +105,8 @@ class Options:
                 raise UsageError(f"{name} is {port}, expected 1 to 65535, or 0 for a free one")
         if self.port and self.port == self.grpc_port:
             raise UsageError(f"--port and --grpc-port are both {self.port}; REST and gRPC need a port each")
-        if self.rate is not None and not 1 <= self.rate <= 100_000:
-            raise UsageError(f"--rate is {self.rate:g}, expected 1 to 100,000 requests a second")
+        if self.rate is not None and not 1 / 60 <= self.rate <= 100_000:
+            raise UsageError(f"--rate is {self.rate:g}, expected 1/60 to 100,000 requests a second")
         if not 0 <= self.hold_s <= 240:
             raise UsageError(f"--hold is {self.hold_s:g}, expected 0 to 240 seconds")
         if (self.tls_cert is None) != (self.tls_key is None):
