@@ -164,10 +164,6 @@ def _end(state_dir: Path, model: str, why: str, action: Callable[[Server, str, s
 
 
 def _judged(state_dir: Path, rollout: Rollout) -> Judged:
-    module = importlib.import_module("skewless.rollout.judge")
-    evidence = importlib.import_module("skewless.rollout.evidence").Evidence
-    policies = importlib.import_module("skewless.rollout.policy").Policy
-    policy = policies.read(rollout.policy) if rollout.policy else policies()
-    gathered = evidence.gather(state_dir, rollout.model, rollout.baseline, rollout.candidate, rollout.since)
-    found = module.judge(gathered, policy, rollout)
-    return Judged(found.action, list(found.reasons), str(found), found)
+    judge = importlib.import_module("skewless.rollout.judge")
+    found = judge.assess(state_dir, rollout)
+    return Judged(found.action, list(found.reasons), judge.as_text(found), found)
