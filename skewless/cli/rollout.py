@@ -91,11 +91,10 @@ def run_gateway(
 @command(gateway, "stop")
 def stop_gateway(state_dir: StateDir = STATE_DIR) -> Result:
     """End the gateway once the requests under way are answered."""
-    from skewless.rollout.gateway import Gateway
+    from skewless.rollout.gateway import stop
 
-    running = Gateway.attach(state_dir)
-    running.stop()
-    return Result({"stopped": running.pid}, f"stopped process {running.pid}")
+    stopped = stop(state_dir)
+    return Result({"stopped": stopped}, f"stopped process {stopped}")
 
 
 @command(gateway, "status")
