@@ -55,6 +55,15 @@ def verdict(state_dir: Path, rollout: Rollout) -> Judged | None:
     return _judged(state_dir, rollout)
 
 
+def kubernetes_patches(model: str, baseline: str, candidate: str, policy: Path | None, out_dir: Path) -> list[Path]:
+    """The policy's steps as patches for a cluster's routes; returns the files in their order. Raises UsageError."""
+    if not importlib.util.find_spec("skewless.rollout.kubernetes"):
+        raise UsageError("this installation has no skewless.rollout.kubernetes")
+    percents = [percent for percent, _ in steps(policy) if percent]
+    write_patches = importlib.import_module("skewless.rollout.kubernetes").write_patches
+    return list(write_patches(model, baseline, candidate, percents, out_dir))
+
+
 def step(state_dir: Path, model: str, percent: float | None, why: str, shadow: bool = False) -> Rollout:
     """Move the split to `percent`, or to the policy's next step. Raises UsageError where there is none, or no rollout runs."""
     rollout = current(state_dir, model)
