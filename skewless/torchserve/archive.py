@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from skewless.core.errors import DefinitionError
 from skewless.core.yaml_file import MAX_BYTES, parse_yaml
@@ -121,7 +121,9 @@ class Archive:
                 continue
             try:
                 with self._zip.open(info) as file:
-                    lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {info.filename}\n")
+                    lines.append(
+                        f"{hashlib.file_digest(cast(zipfile.ZipExtFile, file), 'sha256').hexdigest()}  {info.filename}\n"
+                    )
             except _DAMAGE as error:
                 raise self.refused(f"its {info.filename} cannot be read: {error!r}") from error
         return hashlib.sha256("".join(lines).encode()).hexdigest()
