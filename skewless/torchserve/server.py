@@ -32,6 +32,7 @@ from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
 from skewless.torchserve.archive import name_and_version
+from skewless.torchserve.audit import AUDIT
 
 CONFIG = resources.CONFIG
 
@@ -45,7 +46,7 @@ MARKER = ".skewless-server"
 _MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
 # What a server writes into its state directory.
 _STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
-_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, "logs", "lock", MARKER}
+_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, "logs", "lock", MARKER, AUDIT}
 
 # For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.
 WITHDRAW_S = 10.0
