@@ -76,8 +76,9 @@ class Record:
         except FileNotFoundError:
             return cls()
         except (OSError, ValidationError) as error:
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise UsageError(
-                f"{path} cannot be read as the record of a server's versions: {error}; put back a copy of it, or start with "
+                f"{path} cannot be read as the record of a server's versions: {why}; put back a copy of it, or start with "
                 "`skewless serve start --forget`, which forgets what was registered"
             ) from error
 
@@ -98,6 +99,10 @@ class Record:
     def keep(self, name: str, version: str, recorded: Recorded) -> None:
         """Record one version."""
         self.models.setdefault(name, Model()).versions[version] = recorded
+
+    def default(self, name: str) -> str | None:
+        """The recorded default version of a model."""
+        return self.models.get(name, Model()).default
 
     def versions(self, name: str) -> list[str]:
         """Every version of a model that the server has had."""
@@ -141,6 +146,7 @@ def register(
 ) -> dict:
     """As `Server.register`, recorded; returns its row with the archive's `digest`.
 
+    The version that is recorded as the default one becomes it again, where it did not load when the server was started.
     Raises UsageError, too, for other content under a name and version that this server has had.
     """
     archive = Path(archive).resolve()
@@ -148,9 +154,10 @@ def register(
         with Archive(archive) as opened:
             act.model, act.version = opened.name_and_version()
             act.digest = opened.digest()
-        act.detail = "as the default version" if default else None
         act.record.check_content(act.model, act.version, act.digest)
         again = _row(server, act.model, act.version)
+        default = default or (again is None and act.record.default(act.model) == act.version)
+        act.detail = "as the default version" if default else None
         row = server.register(archive, workers, default, timeout)
         # One that is not proved may be gone in a moment, and its version free for other content.
         if not archive.name.endswith(UNPROVED):
@@ -175,7 +182,7 @@ def set_default(server: Server, name: str, version: str) -> dict:
 def scale(server: Server, name: str, version: str, workers: int) -> dict:
     """As `Server.scale`, recorded. Raises UsageError, too, for a version that is not registered."""
     with _acting(server, "scale", name, version) as act:
-        act.detail = f"{workers} workers"
+        act.detail = f"workers: {workers}"
         row = _registered(server, act)
         scaled = server.scale(name, version, workers)
         _follow(act, server, replace(_recorded(act.record, row), workers=workers))
@@ -199,7 +206,7 @@ def retire(server: Server, name: str, version: str) -> None:
             raise UsageError(
                 f"{name} {version} is the only version of {name}; register another one first, or stop the server"
             )
-        if (row and row["default"]) or act.record.models.get(name, Model()).default == version:
+        if (row and row["default"]) or act.record.default(name) == version:
             raise UsageError(
                 f"{name} {version} is the default version; choose another one first, with "
                 f"`skewless versions default {name} {others[-1] if others else 'VERSION'}`"
@@ -233,7 +240,7 @@ def restore(server: Server, restored: Restored, whole_store: bool = False) -> No
         for each in _wanted(server, record, restored, whole_store):
             by_model.setdefault(each.name, []).append(each)
         for name, wanted in sorted(by_model.items()):
-            chosen = record.models.get(name, Model()).default
+            chosen = record.default(name)
             loaded: list[str] = []
             for each in sorted(wanted, key=lambda each: (each.version != chosen, by_version(each.path))):
                 # The chosen one comes first, and stays; without it each next one is higher.
@@ -445,8 +452,14 @@ def _wanted(server: Server, record: Record, restored: Restored, whole_store: boo
 
 def _restore_one(server: Server, record: Record, restored: Restored, wanted: _Wanted, default: bool) -> bool:
     """Register one archive; whether that worked."""
-    digest = None
+    known = record.of(wanted.name, wanted.version) or Recorded(wanted.path.name, "store")
+    digest = known.digest
     try:
+        if not wanted.path.exists():
+            raise UsageError(
+                f"{wanted.path} is gone; put it back, or leave it out for good with "
+                f"`skewless versions retire {wanted.name} {wanted.version}`"
+            )
         with Archive(wanted.path) as archive:
             found, digest = archive.name_and_version(), archive.digest()
         if found != (wanted.name, wanted.version):
@@ -458,7 +471,6 @@ def _restore_one(server: Server, record: Record, restored: Restored, wanted: _Wa
             raise
         _leave_out(server, restored, wanted, error, digest)
         return False
-    known = record.of(wanted.name, wanted.version) or Recorded(wanted.path.name, "store")
     record.keep(wanted.name, wanted.version, replace(known, archive=wanted.path.name, digest=digest))
     with _only_told():
         Audit(server.state_dir).record("restore", DONE, model=wanted.name, version=wanted.version, digest=digest)
