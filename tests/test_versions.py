@@ -28,7 +28,7 @@ from skewless.torchserve import versions
 from skewless.torchserve.archive import MANIFEST, SIGNATURE, Archive
 from skewless.torchserve.audit import Audit, as_text
 from skewless.torchserve.client import Client
-from skewless.torchserve.server import Server
+from skewless.torchserve.server import MARKER, Server
 from skewless.torchserve.versions import Model, Record, Recorded, Restored
 from tests.conftest import ROOT, call_skewless, run_skewless
 from tests.test_server import ECHO, make_archive
@@ -546,20 +546,16 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 @pytest.mark.chain
 def test_a_killed_server_comes_back_as_it_was(place: Place):
-    for version in ("1.0", "2.0", "3.0"):
+    for version in ("1.0", "2.0"):
         make_archive(place.store, version, ECHO)
     assert place.start().returncode == 0
-    for version in ("1.0", "2.0", "3.0"):
+    for version in ("1.0", "2.0"):
         done = place.skewless("versions", "register", place.store / f"echo-{version}.mar")
         assert done.returncode == 0, done.stderr
-    done = place.skewless("versions", "default", "echo", "3.0")
-    assert (done.returncode, done.stdout) == (0, "echo 3.0 is the default version\n")
-    # A rollback.
-    assert place.skewless("versions", "default", "echo", "2.0", actor="ben").returncode == 0
-    scaled = place.skewless("versions", "scale", "echo", "2.0", "--workers", 3)
-    assert (scaled.returncode, scaled.stdout) == (0, "echo 2.0: workers READY, READY, READY\n")
-    assert place.skewless("versions", "scale", "echo", "2.0", "--workers", 2).returncode == 0
-    assert place.skewless("versions", "retire", "echo", "3.0").returncode == 0
+    scaled = place.skewless("versions", "scale", "echo", "2.0", "--workers", 2)
+    assert (scaled.returncode, scaled.stdout) == (0, "echo 2.0: workers READY, READY\n")
+    done = place.skewless("versions", "default", "echo", "2.0", actor="ben")
+    assert (done.returncode, done.stdout) == (0, "echo 2.0 is the default version\n")
     served = {"1.0": (False, 1), "2.0": (True, 2)}
     assert (place.served(), place.answers()) == (served, {"2.0"})
 
@@ -568,36 +564,31 @@ def test_a_killed_server_comes_back_as_it_was(place: Place):
     assert done.returncode == 0, done.stderr
     assert (place.served(), place.answers()) == (served, {"2.0"})
     found = json.loads(place.skewless("versions", "list", "--json").stdout)["versions"]
-    assert [(row["version"], row["state"]) for row in found] == [
-        ("1.0", "registered"),
-        ("2.0", "default"),
-        ("3.0", "retired"),
-    ]
+    assert [(row["version"], row["state"]) for row in found] == [("1.0", "registered"), ("2.0", "default")]
 
-    # Its default is gone and another one broken: what is left serves, and the exit code says so.
-    Server.attach(place.state).stop()
-    (place.store / "echo-2.0.mar").rename(place.folder / "aside.mar")
-    (place.store / "echo-4.0.mar").write_bytes(b"broken")
+    # Its default is gone: what is left serves, and the exit code says so.
+    place.kill()
+    (place.store / "echo-2.0.mar").unlink()
     done = place.start("--json")
     assert done.returncode == 1
     shown = json.loads(done.stdout)
     assert "echo-2.0.mar is gone" in shown["left_out"]["echo-2.0.mar"]
     assert "1.0 answers instead" in shown["stand_ins"]["echo"]
     assert (place.served(), place.answers()) == ({"1.0": (True, 1)}, {"1.0"})
-    Server.attach(place.state).stop()
-    (place.folder / "aside.mar").rename(place.store / "echo-2.0.mar")
-    assert place.start().returncode == 0
-    assert (place.served(), place.answers()) == (served, {"2.0"})
+    assert Record.read(place.state).default("echo") == "2.0"
 
     logged = json.loads(place.skewless("versions", "log", "echo", "--json").stdout)["entries"]
-    assert [(each["actor"], each["version"]) for each in logged if each["action"] == "default"] == [
-        ("ada", "3.0"),
-        ("ben", "2.0"),
+    assert [(each["actor"], each["action"], each["version"], each["outcome"]) for each in logged][:6] == [
+        ("ada", "register", "1.0", "done"),
+        ("ada", "register", "2.0", "done"),
+        ("ada", "scale", "2.0", "done"),
+        ("ben", "default", "2.0", "done"),
+        ("ada", "restore", "2.0", "done"),
+        ("ada", "restore", "1.0", "done"),
     ]
     # And with nothing, if that is what is wanted.
     Server.attach(place.state).stop()
-    assert place.start("--forget").returncode == 0
-    assert place.served() == {}
+    assert (place.start("--forget").returncode, place.served()) == (0, {})
 
 
 @pytest.mark.chain
@@ -693,8 +684,7 @@ def test_a_scaling_that_fails_leaves_the_workers_that_there_were(place: Place):
     assert place.skewless("register", place.store / "echo-1.0.mar").returncode == 0
     flag.touch()
     done = place.skewless("versions", "scale", "echo", "1.0", "--workers", 2)
-    assert (done.returncode, "echo" in done.stderr) == (1, False), done.stderr
-    flag.unlink()
+    assert (done.returncode, "the worker wrote down no reason" in done.stderr) == (1, True), done.stderr
     assert place.served() == {"1.0": (True, 1)}
     assert Record.read(place.state).of("echo", "1.0").workers is None
     done = place.skewless("versions", "scale", "echo", "1.0", "--workers", 0)
@@ -730,10 +720,8 @@ def test_a_rollback_on_a_full_disk_is_done_and_told(tmp_path: Path):
 
 @pytest.mark.chain
 def test_a_damaged_record_stops_the_start_and_is_kept(place: Place):
-    make_archive(place.store, "1.0", ECHO)
-    assert place.start().returncode == 0
-    assert place.skewless("register", place.store / "echo-1.0.mar").returncode == 0
-    Server.attach(place.state).stop()
+    place.state.mkdir()
+    (place.state / MARKER).touch()
     (place.state / "versions.json").write_text("{")
     done = place.start()
     assert (done.returncode, "cannot be read as the record of a server's versions" in done.stderr) == (2, True)
