@@ -32,6 +32,8 @@ from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
 from skewless.torchserve.archive import name_and_version
+from skewless.torchserve.audit import AUDIT
+from skewless.torchserve.versions import RECORD
 
 CONFIG = resources.CONFIG
 
@@ -45,7 +47,7 @@ MARKER = ".skewless-server"
 _MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
 # What a server writes into its state directory.
 _STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
-_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, "logs", "lock", MARKER}
+_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, "logs", "lock", MARKER, AUDIT, RECORD}
 
 # For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.
 WITHDRAW_S = 10.0
@@ -304,6 +306,27 @@ class Server:
             self._withdraw(path)
             raise
 
+    def scale(self, name: str, version: str, workers: int, timeout: float = 600.0) -> dict:
+        """Give a version so many workers; return its row of `models()` once all of them are ready.
+
+        One that fails leaves the version with as many as it had. Raises UsageError for less than one worker, LoadError, with
+        the handler's own message, when a worker could not load the archive, ServerError for a version that is unknown, and
+        when the workers are not ready within `timeout` seconds.
+        """
+        if workers < 1:
+            raise UsageError(f"workers is {workers}; expected 1 or more")
+        path = f"/models/{name}/{version}"
+        (before,) = self.manage("GET", path).json()
+        reason_file = load_error.path(self.state_dir / LOAD_ERRORS, name, version)
+        reason_file.unlink(missing_ok=True)
+        try:
+            self._scale(path, workers, workers)
+            self._wait_until_loaded(path, reason_file, time.monotonic() + timeout, workers)
+        except BaseException:
+            self._scale(path, before["minWorkers"], before["maxWorkers"])
+            raise
+        return self._row(name, version)
+
     def set_default(self, name: str, version: str) -> None:
         """Make `version` the one that requests without a version get. Raises ServerError when it is unknown."""
         self.manage("PUT", f"/models/{name}/{version}/set-default")
@@ -340,9 +363,13 @@ class Server:
         self._wait_until_loaded(path, reason_file, deadline)
         if workers is not None:
             # The archive's minWorkers wins over a registration's initial_workers, so scale afterwards.
-            scale: dict[str, str | int] = {"min_worker": workers, "max_worker": workers, "synchronous": "false"}
-            self.manage("PUT", path, scale, expect=(200, 202))
+            self._scale(path, workers, workers)
             self._wait_until_loaded(path, reason_file, deadline, workers)
+
+    def _scale(self, path: str, least: int, most: int) -> None:
+        """Ask for other numbers of workers, and do not wait for them."""
+        bounds: dict[str, str | int] = {"min_worker": least, "max_worker": most, "synchronous": "false"}
+        self.manage("PUT", path, bounds, expect=(200, 202))
 
     def _why_not_unpacked(self, archive: Path) -> str:
         """What TorchServe leaves out when it says that it failed to save a model."""
