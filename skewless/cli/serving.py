@@ -26,6 +26,16 @@ app.add_typer(serve, rich_help_panel=SERVE)
 ModelStore = Annotated[Path, typer.Option(metavar="DIR", help="Folder of archives (.mar).")]
 Config = Annotated[Path, typer.Option(metavar="FILE", help="TorchServe's settings.", show_default="ours")]
 Ports = Annotated[Literal["free"] | None, typer.Option(help="Free ones, instead of those in the configuration.")]
+TrustedKeys = Annotated[
+    Path | None,
+    typer.Option(
+        "--trusted-keys",
+        metavar="FILE|DIR",
+        envvar="SKEWLESS_TRUSTED_KEYS",
+        help="Public keys: only archives signed with one of them are served.",
+        show_default="any archive is served",
+    ),
+]
 Version = Annotated[str | None, typer.Option(help="One of the model's versions.", show_default="the default one")]
 
 
@@ -35,11 +45,12 @@ def start(
     state_dir: StateDir = STATE_DIR,
     config: Config = resources.CONFIG,
     ports: Ports = None,
+    trusted_keys: TrustedKeys = None,
 ) -> Result:
     """Start a server in the background; register archives with it afterwards."""
     from skewless.torchserve.server import Server
 
-    return _status(Server.start(model_store, state_dir, config, ports))
+    return _status(Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys))
 
 
 @command(serve, "stop")
@@ -83,6 +94,7 @@ def run(
     state_dir: StateDir = STATE_DIR,
     config: Config = resources.CONFIG,
     ports: Ports = None,
+    trusted_keys: TrustedKeys = None,
 ) -> None:
     """Serve every archive of the model store in the foreground, until a signal: for containers.
 
@@ -96,7 +108,7 @@ def run(
     left_out: dict[str, str] = {}
     # As an exception, so that a signal during the start stops what was started, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED if left_out else 0))
-    server = Server.start(model_store, state_dir, config, ports)
+    server = Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys)
     try:
         found = archives(model_store)
         for archive in found:

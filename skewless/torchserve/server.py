@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -58,7 +59,8 @@ _CHILDREN: dict[int, subprocess.Popen] = {}
 
 @dataclass(frozen=True)
 class Server:
-    """One running TorchServe. The URLs have no trailing slash; `grpc_address` is "host:port"."""
+    """One running TorchServe. The URLs have no trailing slash; `grpc_address` is "host:port". trusted_keys: a file or folder of
+    public keys with which archives have to be signed; None where any archive may be registered."""
 
     state_dir: Path
     model_store: Path
@@ -67,6 +69,7 @@ class Server:
     management_url: str
     metrics_url: str
     grpc_address: str
+    trusted_keys: Path | None = None
 
     @classmethod
     def start(
@@ -77,11 +80,14 @@ class Server:
         ports: launch.Ports = None,
         environment: Mapping[str, str] | None = None,
         timeout: float = 60.0,
+        trusted_keys: str | Path | None = None,
     ) -> Server:
         """Start a server for the archives in `model_store`; return once it answers, with no model registered.
 
         `ports`: None for those in `config`, "free" for five free ones, or a mapping from names in launch.LISTENERS.
         `environment`: variables added for the server and its workers, such as OMP_NUM_THREADS.
+        `trusted_keys`: None for those in the environment variable SKEWLESS_TRUSTED_KEYS, if any. Where there are some, archives
+        without their signature are neither registered nor loaded. They are read whenever something is verified.
         Raises UsageError for what the caller can mend, ServerError with the server's last words otherwise.
         """
         state_dir, model_store, config = Path(state_dir).resolve(), Path(model_store).resolve(), Path(config)
@@ -95,7 +101,12 @@ class Server:
         temporary, logs, derived = state_dir / _TEMPORARY, state_dir / "logs", state_dir / _DERIVED
         if len(os.fsencode(temporary / f"{SOCKET}99999")) > LONGEST_SOCKET_PATH:
             raise UsageError(f"{state_dir}: too long a path for the workers' sockets; choose a shorter one")
-        command = launch.command(model_store, derived, temporary, properties.get("vmargs", ""))
+        keys = _trusted_keys(trusted_keys)
+        command = launch.command(
+            model_store, derived, temporary, properties.get("vmargs", ""), verifying=keys is not None
+        )
+        extra = {**(environment or {}), load_error.FOLDER: str(state_dir / LOAD_ERRORS)}
+        extra |= {launch.TRUSTED_KEYS: str(keys), launch.PYTHON: sys.executable} if keys else {}
 
         _claim(state_dir)
         with _told_if_unwritable(state_dir), _lock(state_dir):
@@ -114,9 +125,7 @@ class Server:
                 child = subprocess.Popen(
                     command,
                     cwd=state_dir,  # where TorchServe writes key_file.json and logs
-                    env=launch.environment(
-                        temporary, {**(environment or {}), load_error.FOLDER: str(state_dir / LOAD_ERRORS)}
-                    ),
+                    env=launch.environment(temporary, extra),
                     stdin=subprocess.DEVNULL,
                     stdout=console,
                     stderr=subprocess.STDOUT,
@@ -133,6 +142,7 @@ class Server:
                 management_url=launch.client_host(properties["management_address"]),
                 metrics_url=launch.client_host(properties["metrics_address"]),
                 grpc_address=launch.client_host(f"{grpc_host}:{properties['grpc_inference_port']}"),
+                trusted_keys=keys,
             )
             try:
                 server._write()
@@ -265,7 +275,8 @@ class Server:
         `workers`: None for the archive's own setting. `default`: make this the version that unversioned requests
         get (a model's first version is in any case). A failure leaves the versions already serving as they are.
         `timeout`: in seconds, for TorchServe's answer. A registration that takes longer, or is interrupted, is taken back.
-        Raises UsageError for a wrong archive or a version that is registered already; LoadError, with the handler's
+        Raises UsageError for a wrong archive, one without a trusted signature where that is needed, or a version that is
+        registered already; LoadError, with the handler's
         own message, when a worker could not load it, which is then unregistered again; ServerError when TorchServe did not
         answer.
         """
@@ -275,6 +286,11 @@ class Server:
             raise UsageError(f"{archive} is not in the model store; put it into {self.model_store}")
         if workers is not None and workers < 1:
             raise UsageError(f"workers is {workers}; expected 1 or more")
+        # Keys of this process's own count where the server has none.
+        if keys := self.trusted_keys or _trusted_keys(None):
+            from skewless.packaging.signing import TrustedKeys, verify_archive
+
+            verify_archive(archive, TrustedKeys.read(keys))
         path = f"/models/{name}/{version}"
         # Asked beforehand: a registration that TorchServe refuses leaves its unpacked archive behind.
         if self.manage("GET", path, expect=(200, 404)).status_code == 200:
@@ -434,8 +450,9 @@ class Server:
         if not file.exists():
             return None
         try:
-            state = json.loads(file.read_text()) | {"state_dir": state_dir}
+            state = {"trusted_keys": None} | json.loads(file.read_text()) | {"state_dir": state_dir}
             state["model_store"] = Path(state["model_store"])
+            state["trusted_keys"] = state["trusted_keys"] and Path(state["trusted_keys"])
             return cls(**{field.name: state[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
@@ -444,9 +461,20 @@ class Server:
 
     def _write(self) -> None:
         state = asdict(self) | {"model_store": str(self.model_store)}
+        state["trusted_keys"] = self.trusted_keys and str(self.trusted_keys)
         del state["state_dir"]
         with atomic(self.state_dir / _STATE) as unfinished:
             unfinished.write_text(json.dumps(state, indent=2) + "\n")
+
+
+def _trusted_keys(chosen: str | Path | None) -> Path | None:
+    """Where the trusted keys are: as chosen, or else as the environment says. Raises UsageError where none can be read."""
+    source = chosen or os.environ.get(launch.TRUSTED_KEYS)
+    if not source:
+        return None
+    from skewless.packaging.signing import TrustedKeys
+
+    return TrustedKeys.read(Path(source).resolve()).source
 
 
 def session() -> requests.Session:
