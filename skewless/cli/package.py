@@ -23,7 +23,6 @@ from skewless.errors import SignatureError, UsageError
 
 if TYPE_CHECKING:
     from skewless.packaging.references import Choice
-    from skewless.packaging.signing import SigningKey
     from skewless.training.manifest import Recording
 
 
@@ -168,6 +167,7 @@ def build(
     from skewless.packaging.build import build_archive
     from skewless.packaging.decision_exact import DecisionExact
     from skewless.packaging.execution import Execution
+    from skewless.packaging.signing import ready_to_sign
     from skewless.training.manifest import read_manifest
 
     if runtime is None and (precision or (decision_exact is None and (manifest or calibration_manifest))):
@@ -176,7 +176,7 @@ def build(
         )
 
     # Before the long work: what is wrong with a key is known now.
-    key = None if sign is None else _signing_key(sign)
+    key = None if sign is None else ready_to_sign(sign)
 
     def recordings(path: Path | None) -> list[Recording]:
         return read_manifest(path, root or path.parent, Definition.read(archive).classes) if path else []
@@ -235,7 +235,7 @@ def sign(
         )
     if archive is None or key is None or new_key is not None:
         raise UsageError("give an archive and --key, or --new-key alone")
-    signed = signing.sign_archive(archive, _signing_key(key))
+    signed = signing.sign_archive(archive, signing.ready_to_sign(key))
     text = f"{archive}: {signed.name} {signed.version}, {signed.files} files, signed with the key {signed.key:.16}"
     return Result({"archive": archive, "signed": signed}, text)
 
@@ -262,16 +262,6 @@ def verify(
         f"content {signed.digest}",
     ]
     return Result({"archive": archive, "verified": True, "signed": signed}, "\n".join(lines))
-
-
-def _signing_key(path: Path) -> SigningKey:
-    """The key, if it can be used and there is what signs with it."""
-    from skewless.packaging import signing
-
-    key = signing.SigningKey.read(path)
-    import model_signing  # noqa: F401
-
-    return key
 
 
 def _references(given: list[str]) -> Choice:

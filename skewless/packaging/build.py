@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -36,12 +36,10 @@ from skewless.packaging.execution import Execution
 from skewless.packaging.model_card import model_card
 from skewless.packaging.references import Choice, check_evaluated, stage_references
 from skewless.packaging.reservation import reserved
+from skewless.packaging.signing import SigningKey, sign_folder
 from skewless.torchserve.archive import Archive
 from skewless.training.checkpoint import file_digest, load_checkpoint, network_of, trained
 from skewless.training.untrained import UntrainedError, require_trained
-
-if TYPE_CHECKING:
-    from skewless.packaging.signing import SigningKey
 
 VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
 
@@ -150,8 +148,6 @@ def build_archive(
         unpacked = _archive_directory(staged, weights[0], name, version, Path(scratch))
         _forget_date(unpacked)
         if key:
-            from skewless.packaging.signing import sign_folder
-
             sign_folder(unpacked, key)
         packed = Path(scratch, "packed")
         _zip_reproducibly(unpacked, packed)

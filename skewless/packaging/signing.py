@@ -146,6 +146,15 @@ def new_key(path: str | Path) -> Path:
     return public
 
 
+def ready_to_sign(path: Path) -> SigningKey:
+    """The key, once it is known that it can be used: long before there is something to sign. Raises as `SigningKey.read` does,
+    and ModuleNotFoundError where model-signing is not installed."""
+    key = SigningKey.read(path)
+    import model_signing  # noqa: F401
+
+    return key
+
+
 def sign_folder(folder: Path, key: SigningKey) -> None:
     """Write signature.json over all other files of an unpacked archive."""
     from model_signing import hashing, signing
@@ -235,7 +244,7 @@ def _envelope(what: str, signature: bytes | None, trusted: TrustedKeys) -> tuple
     DSSE: https://github.com/secure-systems-lab/dsse/blob/v1.0.2/protocol.md
     """
     if signature is None:
-        raise _refused(what, f"it is not signed; sign it with `skewless sign {what} --key KEY`")
+        raise _refused(what, "it is not signed; `skewless sign` does that")
     try:
         bundle = json.loads(signature)
         envelope = bundle["dsseEnvelope"]

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import requests
@@ -33,6 +33,9 @@ from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
 from skewless.torchserve.archive import name_and_version
+
+if TYPE_CHECKING:
+    from skewless.packaging.signing import TrustedKeys
 
 CONFIG = resources.CONFIG
 
@@ -101,7 +104,7 @@ class Server:
         temporary, logs, derived = state_dir / _TEMPORARY, state_dir / "logs", state_dir / _DERIVED
         if len(os.fsencode(temporary / f"{SOCKET}99999")) > LONGEST_SOCKET_PATH:
             raise UsageError(f"{state_dir}: too long a path for the workers' sockets; choose a shorter one")
-        keys = _trusted_keys(trusted_keys)
+        keys = _checked_keys(trusted_keys or os.environ.get(launch.TRUSTED_KEYS))
         command = launch.command(
             model_store, derived, temporary, properties.get("vmargs", ""), verifying=keys is not None
         )
@@ -286,11 +289,10 @@ class Server:
             raise UsageError(f"{archive} is not in the model store; put it into {self.model_store}")
         if workers is not None and workers < 1:
             raise UsageError(f"workers is {workers}; expected 1 or more")
-        # Keys of this process's own count where the server has none.
-        if keys := self.trusted_keys or _trusted_keys(None):
-            from skewless.packaging.signing import TrustedKeys, verify_archive
+        if keys := self.required_keys():
+            from skewless.packaging.signing import verify_archive
 
-            verify_archive(archive, TrustedKeys.read(keys))
+            verify_archive(archive, keys)
         path = f"/models/{name}/{version}"
         # Asked beforehand: a registration that TorchServe refuses leaves its unpacked archive behind.
         if self.manage("GET", path, expect=(200, 404)).status_code == 200:
@@ -319,6 +321,16 @@ class Server:
             # Interrupted: TorchServe goes on with what it was asked for.
             self._withdraw(path)
             raise
+
+    def required_keys(self) -> TrustedKeys | None:
+        """The keys of which one has to have signed an archive: the server's, or else those of this process's environment, or
+        none. Raises UsageError where they cannot be read."""
+        source = self.trusted_keys or os.environ.get(launch.TRUSTED_KEYS)
+        if not source:
+            return None
+        from skewless.packaging.signing import TrustedKeys
+
+        return TrustedKeys.read(source)
 
     def set_default(self, name: str, version: str) -> None:
         """Make `version` the one that requests without a version get. Raises ServerError when it is unknown."""
@@ -467,9 +479,8 @@ class Server:
             unfinished.write_text(json.dumps(state, indent=2) + "\n")
 
 
-def _trusted_keys(chosen: str | Path | None) -> Path | None:
-    """Where the trusted keys are: as chosen, or else as the environment says. Raises UsageError where none can be read."""
-    source = chosen or os.environ.get(launch.TRUSTED_KEYS)
+def _checked_keys(source: str | Path | None) -> Path | None:
+    """The absolute path of trusted keys that can be read; None where there are to be none. Raises UsageError."""
     if not source:
         return None
     from skewless.packaging.signing import TrustedKeys
