@@ -643,15 +643,22 @@ def test_another_shell_refuses_what_the_server_does_not_trust(running: Server, k
         archive.write_bytes(content)
 
 
+@pytest.fixture
+def unregistered(running: Server) -> Iterator[Server]:
+    """The server, with nothing registered afterwards."""
+    yield running
+    for row in running.models():
+        running.unregister(row["name"], row["version"])
+
+
 @pytest.mark.chain
-def test_a_worker_loads_what_was_signed_and_nothing_else(running: Server, tmp_path: Path):
-    row = running.register(running.model_store / "tiny-1.0.mar")
-    assert row["workers"] == ["READY"]
+def test_a_worker_loads_what_was_signed_and_nothing_else(unregistered: Server, tmp_path: Path):
+    running = unregistered
+    running.register(running.model_store / "tiny-1.0.mar")
     first = worker(running)
     folder = Path(first.cwd())
     with Client(running) as client:
-        status, body = client.predict_rest("tiny", recording(1, seed=1))[:2]
-        assert status == 200, body
+        assert client.predict_rest("tiny", recording(1, seed=1)).status == 200
     # A worker that ends is started anew, and finds nothing that it has left behind itself.
     first.kill()
     second = until(lambda: (found := worker(running)) and found.pid != first.pid and found, "the worker starts again")
@@ -663,13 +670,10 @@ def test_a_worker_loads_what_was_signed_and_nothing_else(running: Server, tmp_pa
     until(reason.exists, "the worker says why it does not load")
     assert "SignatureError: " in reason.read_text()
     assert "files that were not signed: sitecustomize.py" in reason.read_text()
-    assert not touched.exists()
-    with Client(running) as client:
-        assert client.predict_rest("tiny", recording(1, seed=1))[0] != 200
+    assert not touched.exists() and worker(running) is None
     # As it was, it is loaded again.
     (folder / "sitecustomize.py").unlink()
     until(lambda: worker(running), "the worker starts again")
-    running.unregister("tiny", "1.0")
 
 
 @pytest.mark.chain
