@@ -30,6 +30,16 @@ Ports = Annotated[Literal["free"] | None, typer.Option(help="Free ones, instead 
 Forget = Annotated[
     bool, typer.Option("--forget", help="Forget what was registered, scaled, retired and default in this folder.")
 ]
+TrustedKeys = Annotated[
+    Path | None,
+    typer.Option(
+        "--trusted-keys",
+        metavar="FILE|DIR",
+        envvar="SKEWLESS_TRUSTED_KEYS",
+        help="Public keys: only archives signed with one of them are served.",
+        show_default="any archive is served",
+    ),
+]
 Version = Annotated[str | None, typer.Option(help="One of the model's versions.", show_default="the default one")]
 
 
@@ -40,6 +50,7 @@ def start(
     config: Config = resources.CONFIG,
     ports: Ports = None,
     forget: Forget = False,
+    trusted_keys: TrustedKeys = None,
 ) -> Result:
     """Start a server in the background, with the versions that were registered when the last one ended.
 
@@ -51,7 +62,7 @@ def start(
 
     # As an exception, so that a signal during the start stops what was started, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    server = Server.start(model_store, state_dir, config, ports)
+    server = Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys)
     restored = versions.Restored()
     try:
         if forget:
@@ -105,6 +116,7 @@ def run(
     config: Config = resources.CONFIG,
     ports: Ports = None,
     forget: Forget = False,
+    trusted_keys: TrustedKeys = None,
 ) -> None:
     """Serve every archive of the model store in the foreground, until a signal: for containers.
 
@@ -118,7 +130,7 @@ def run(
     restored = versions.Restored()
     # As an exception, so that a signal during the start stops what was started, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED if restored.left_out else 0))
-    server = Server.start(model_store, state_dir, config, ports)
+    server = Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys)
     try:
         if forget:
             versions.forget(server)
