@@ -27,7 +27,7 @@ import psutil
 import requests
 
 from skewless import resources
-from skewless.core import load_error
+from skewless.core import load_error, telemetry
 from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
@@ -36,6 +36,7 @@ from skewless.torchserve.archive import name_and_version
 CONFIG = resources.CONFIG
 
 LOAD_ERRORS = "load-errors"  # in the state directory: why workers could not load an archive
+JOURNAL = "journal"  # in the state directory: what workers answered
 RENEW_BEFORE_S = 60.0
 LONGEST_SOCKET_PATH = 107  # bytes of sun_path on Linux, less the closing zero
 SOCKET = ".ts.sock."  # what the names of the workers' sockets start with, in the state directory's tmp
@@ -45,7 +46,7 @@ MARKER = ".skewless-server"
 _MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
 # What a server writes into its state directory.
 _STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
-_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, "logs", "lock", MARKER}
+_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, JOURNAL, "logs", "lock", MARKER}
 
 # For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.
 WITHDRAW_S = 10.0
@@ -115,7 +116,12 @@ class Server:
                     command,
                     cwd=state_dir,  # where TorchServe writes key_file.json and logs
                     env=launch.environment(
-                        temporary, {**(environment or {}), load_error.FOLDER: str(state_dir / LOAD_ERRORS)}
+                        temporary,
+                        {
+                            telemetry.JOURNAL: str(state_dir / JOURNAL),
+                            **(environment or {}),
+                            load_error.FOLDER: str(state_dir / LOAD_ERRORS),
+                        },
                     ),
                     stdin=subprocess.DEVNULL,
                     stdout=console,
