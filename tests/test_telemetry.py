@@ -201,11 +201,11 @@ def test_the_environment_says_whether_and_where(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_journal_has_a_bound(tmp_path: Path):
-    size = len(json.dumps(telemetry.asdict(line(0)))) + 1
+    size = len(json.dumps(vars(line(0)))) + 1
     journal = Journal(tmp_path, "cough", "1.5", max_bytes=4 * size)
     for number in range(17):
         journal.write(line(number % 10))
-    journal.flush()
+        journal.flush()
     name = f"cough-1.5-{os.getpid()}.jsonl"
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.1", f"{name}.2"]
     assert all(path.stat().st_size <= 4 * size for path in tmp_path.iterdir())
@@ -258,9 +258,9 @@ def test_a_line_that_a_full_disk_cut_spoils_no_other(tmp_path: Path, monkeypatch
             return super().write(data[:18])
 
     monkeypatch.setattr(telemetry, "open", lambda path, mode, buffering: Full(path, mode), raising=False)
-    journal.write(line(1))
-    journal.write(line(2))
-    journal.flush()
+    for number in (1, 2):
+        journal.write(line(number))
+        journal.flush()
     (path,) = tmp_path.iterdir()
     texts = path.read_text().splitlines()
     assert [json.loads(texts[n])["id"] for n in (0, 2)] == ["0", "2"] and texts[1] == '{"time": 1.0, "mod'

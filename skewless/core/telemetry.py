@@ -14,7 +14,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
@@ -41,6 +41,7 @@ MAX_JOURNAL_BYTES = 64 * 2**20  # of one file
 KEPT_JOURNALS = 2  # full files that a worker keeps, and that are kept of all workers before it
 _MAX_ID = 200  # characters of a request's id
 _MAX_WAITING = 4096  # lines that wait for the disk
+_PAUSE_S = 0.05
 _MAX_UPLOADS_WAITING = 8
 _MAX_UPLOAD_BYTES = 8 * 2**20
 
@@ -231,28 +232,35 @@ class Journal:
     def _work(self) -> None:
         failing = False
         while True:
-            line, payload = self._waiting.get()
+            taken = [self._waiting.get()]
+            # One write for many lines: each wakes this thread, which holds up whoever computes.
+            time.sleep(_PAUSE_S)
+            taken += [self._waiting.get_nowait() for _ in range(self._waiting.qsize())]
+            written = False
             try:
-                self._write(json.dumps(asdict(line)).encode())
-                if payload and line.sha256:
-                    self._keep_upload(line.sha256, payload)
+                self._write(b"".join(json.dumps(vars(line)).encode() + b"\n" for line, _ in taken))
+                written = True
+                for line, payload in taken:
+                    if payload and line.sha256:
+                        self._keep_upload(line.sha256, payload)
                 failing = False
             except Exception:
-                self.lost += 1
+                self.lost += 0 if written else len(taken)
                 if not failing:
-                    _log.exception("the journal cannot be written; lines are lost until it can")
+                    _log.exception("the journal cannot be written; what it should have is lost until it can")
                 failing = True
             finally:
-                self._waiting.task_done()
+                for _ in taken:
+                    self._waiting.task_done()
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, lines: bytes) -> None:
         if not self._path.exists():
             self._path.parent.mkdir(mode=0o700, exist_ok=True)
             self._remove_old()
-        elif self._path.stat().st_size + len(line) >= self._max_bytes:
+        elif self._path.stat().st_size + len(lines) > self._max_bytes:
             self._rotate()
         # The line before may have been cut, by a full disk.
-        data = (b"\n" if self._cut else b"") + line + b"\n"
+        data = (b"\n" if self._cut else b"") + lines
         with open(self._path, "ab", buffering=0) as file:
             self._cut = True
             self._cut = file.write(data) < len(data)
