@@ -28,7 +28,7 @@ import psutil
 import requests
 
 from skewless import resources
-from skewless.core import load_error
+from skewless.core import load_error, telemetry
 from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 CONFIG = resources.CONFIG
 
 LOAD_ERRORS = "load-errors"  # in the state directory: why workers could not load an archive
+JOURNAL = "journal"  # in the state directory: what workers answered
 RENEW_BEFORE_S = 60.0
 LONGEST_SOCKET_PATH = 107  # bytes of sun_path on Linux, less the closing zero
 SOCKET = ".ts.sock."  # what the names of the workers' sockets start with, in the state directory's tmp
@@ -51,7 +52,7 @@ MARKER = ".skewless-server"
 _MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
 # What a server writes into its state directory.
 _STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
-_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, "logs", "lock", MARKER, AUDIT, RECORD}
+_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, JOURNAL, "logs", "lock", MARKER, AUDIT, RECORD}
 
 # For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.
 WITHDRAW_S = 10.0
@@ -110,7 +111,11 @@ class Server:
         command = launch.command(
             model_store, derived, temporary, properties.get("vmargs", ""), verifying=keys is not None
         )
-        extra = {**(environment or {}), load_error.FOLDER: str(state_dir / LOAD_ERRORS)}
+        extra = {
+            telemetry.JOURNAL: str(state_dir / JOURNAL),
+            **(environment or {}),
+            load_error.FOLDER: str(state_dir / LOAD_ERRORS),
+        }
         extra |= {launch.TRUSTED_KEYS: str(keys), launch.PYTHON: sys.executable} if keys else {}
 
         _claim(state_dir)
