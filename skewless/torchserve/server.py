@@ -52,7 +52,21 @@ MARKER = ".skewless-server"
 _MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
 # What a server writes into its state directory.
 _STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
-_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, JOURNAL, "logs", "lock", MARKER, AUDIT, RECORD}
+_WRITTEN = {
+    _STATE,
+    _KEYS,
+    _DERIVED,
+    _TEMPORARY,
+    LOAD_ERRORS,
+    JOURNAL,
+    "logs",
+    "lock",
+    MARKER,
+    AUDIT,
+    RECORD,
+    "gateway",
+    "rollouts",
+}
 
 # For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.
 WITHDRAW_S = 10.0
