@@ -42,7 +42,7 @@ COMMANDS = [
     "retrain",
     "schema",
 ]
-NESTED = {"serve": ("start", "stop", "status", "token", "run"), "retrain": ("start", "run", "status")}
+NESTED = {"serve": ("start", "stop", "status", "token", "run", "health"), "retrain": ("start", "run", "status")}
 EVERY = [(), *((name,) for name in COMMANDS), *((group, name) for group, names in NESTED.items() for name in names)]
 
 WIDE = {"COLUMNS": "160", "TERM": "dumb"}

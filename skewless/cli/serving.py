@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -83,21 +84,35 @@ def run(
     state_dir: StateDir = STATE_DIR,
     config: Config = resources.CONFIG,
     ports: Ports = None,
+    drain_s: Annotated[
+        float,
+        typer.Option("--drain", metavar="S", min=0, help="Seconds to answer what is under way after SIGTERM; 0: none."),
+    ] = 30.0,
 ) -> None:
     """Serve every archive of the model store in the foreground, until a signal: for containers.
+
+    After SIGTERM `serve health` fails, so that no more requests are sent here, what is under way is answered, and then the server
+    ends; a second signal ends it at once.
 
     Of each model the highest version that loads is the default. The status is printed once every archive is ready. An archive
     that does not load is left out, with its reason; the others are served, and the exit code at the end is 1. Where none
     loads, nothing is served.
     """
+    from skewless.torchserve.drain import drain
+    from skewless.torchserve.health import set_phase
     from skewless.torchserve.server import Server
     from skewless.torchserve.store import archives
 
     left_out: dict[str, str] = {}
+
+    def end(*_: object) -> None:
+        sys.exit(FAILED if left_out else 0)
+
     # As an exception, so that a signal during the start stops what was started, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED if left_out else 0))
+    signal.signal(signal.SIGTERM, end)
     server = Server.start(model_store, state_dir, config, ports)
     try:
+        set_phase(server.state_dir, "starting")
         found = archives(model_store)
         for archive in found:
             try:
@@ -111,14 +126,32 @@ def run(
             raise ServerError(f"no archive of {model_store} loads; the reasons are above")
         shown = _status(server)
         text = "\n".join([shown.text, *(f"{'left out':12} {name}: {reason}" for name, reason in left_out.items())])
+        set_phase(server.state_dir, "serving")
+        signal.signal(signal.SIGTERM, _drain)
         publish(Result(shown.data | {"left_out": left_out}, text))
         while server.process():
             time.sleep(1.0)
         raise ServerError(f"TorchServe has ended, see {server.state_dir / 'logs'}")
     except KeyboardInterrupt:
-        sys.exit(FAILED if left_out else 0)
+        end()
+    except _DrainError:
+        signal.signal(signal.SIGTERM, end)
+        # On a full disk the health check goes on passing; what is under way is answered all the same.
+        with contextlib.suppress(OSError):
+            set_phase(server.state_dir, "draining")
+        if drain_s and not drain(server, drain_s):
+            print(f"requests are still under way after {drain_s:g} s, and are cut off", file=sys.stderr)
+        end()
     finally:
         server.stop()
+
+
+class _DrainError(Exception):
+    """SIGTERM while a server serves."""
+
+
+def _drain(*_: object) -> None:
+    raise _DrainError
 
 
 @command(app, "register", panel=SERVE)
