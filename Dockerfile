@@ -49,11 +49,12 @@ FROM runtime AS gateway
 USER 0:0
 # The nginx that the gateway is tested with is Debian 12's, with its security updates; so the base image pins it, not a number.
 # hadolint ignore=DL3008
-RUN apt-get update && apt-get install --yes --no-install-recommends nginx-light libnginx-mod-http-js \
+RUN apt-get update && apt-get install --yes --no-install-recommends nginx libnginx-mod-http-lua \
     && rm -rf /var/lib/apt/lists/*
 USER 10001:10001
 EXPOSE 8090 7090
-CMD ["skewless", "gateway", "run", "--state-dir", "state/server"]
+# It shares the server's process ids, network and state, as compose.yaml and deploy/kubernetes have it.
+CMD ["skewless", "gateway", "run", "--host", "0.0.0.0", "--client-keys", "/run/secrets/client-keys", "--state-dir", "state/server"]
 
 FROM runtime AS server
 
