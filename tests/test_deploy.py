@@ -372,3 +372,56 @@ def test_steps_that_cannot_be_are_refused(arguments: tuple[Any, ...], said: str,
     with pytest.raises(UsageError, match=said):
         write_patches(*arguments, tmp_path / "steps")
     assert not (tmp_path / "steps").exists()
+
+
+# --- compose ----------------------------------------------------------------------------------------------------------
+
+COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose" / "compose.yaml").read_text())
+SERVICES = COMPOSE["services"]
+BUILT = ("server", "gateway")
+
+
+def test_the_compose_file_is_as_its_schema_has_it():
+    known = {key: value for key, value in COMPOSE.items() if not key.startswith("x-")}
+    validator = jsonschema.Draft202012Validator(schema("compose"))
+    validator.validate(known)
+    wrong = known | {"services": {"server": SERVICES["server"] | {"readonly": True}}}
+    assert not validator.is_valid(wrong)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_can_write_to_its_volume_and_nothing_else(name: str):
+    found = SERVICES[name]
+    assert found["read_only"] is True and found["cap_drop"] == ["ALL"]
+    assert found["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "devices", "user"} & set(found)
+    assert {"mem_limit", "pids_limit", "healthcheck"} <= set(found)
+    assert re.fullmatch(r"[a-z/-]+:v?\d+\.\d+\.\d+", found["image"])
+    for volume in found["volumes"]:
+        source = volume.partition(":")[0]
+        assert source in COMPOSE["volumes"] or volume.endswith(":ro"), volume
+        if source not in COMPOSE["volumes"] and "model_store" not in source:
+            assert (ROOT / "deploy" / "compose" / source).exists(), volume
+
+
+def test_nothing_is_published_to_other_machines():
+    published = [port for each in SERVICES.values() for port in each.get("ports", ())]
+    assert published and all(re.fullmatch(r"127\.0\.0\.1:(\d+):\1", port) for port in published), published
+    # TorchServe is reached through the gateway alone, which has its network.
+    assert {port.split(":")[1] for port in SERVICES["server"]["ports"]} == {"8090", "7090"}
+    assert SERVICES["gateway"]["network_mode"] == SERVICES["gateway"]["pid"] == "service:server"
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_the_images_are_the_dockerfiles(name: str):
+    found = SERVICES[name]
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert f" AS {found['build']['target']}\n" in dockerfile
+    assert (ROOT / "deploy" / "compose" / found["build"]["context"]).resolve() == ROOT
+    check = found["healthcheck"]["test"]
+    assert check[:2] == ["CMD", "skewless"]
+    if name == "server":
+        (written,) = re.findall(r"^    CMD (\[.*\])$", dockerfile, re.MULTILINE)
+        assert check[1:] == json.loads(written)
+        # The default of --drain, and what stopping takes.
+        assert int(found["stop_grace_period"][:-1]) >= 30 + 30
