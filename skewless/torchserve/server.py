@@ -50,22 +50,13 @@ SOCKET = ".ts.sock."  # what the names of the workers' sockets start with, in th
 # A state directory has this file; without it nothing in a folder is ours to change or remove.
 MARKER = ".skewless-server"
 _MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
+# How far a server in the foreground is, and the answers that a health check has found right.
+PHASE, HEALTH = "phase", "health.json"
 # What a server writes into its state directory.
 _STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
 _WRITTEN = {
-    _STATE,
-    _KEYS,
-    _DERIVED,
-    _TEMPORARY,
-    LOAD_ERRORS,
-    JOURNAL,
-    "logs",
-    "lock",
-    MARKER,
-    AUDIT,
-    RECORD,
-    "gateway",
-    "rollouts",
+    *(_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, PHASE, HEALTH, "logs", "lock", MARKER),
+    *(AUDIT, RECORD, JOURNAL, "gateway", "rollouts"),
 }
 
 # For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.
@@ -224,6 +215,10 @@ class Server:
             # Unless another server has been started here in the meantime.
             if (found := self._read(self.state_dir)) is None or found.pid == self.pid:
                 _remove_leavings(self.state_dir)
+
+    def workers(self) -> list[psutil.Process]:
+        """The workers' processes, with all that they started."""
+        return _workers(self.state_dir)
 
     def token(self, kind: TokenKind) -> str:
         """The token for one API, renewed when it expires within RENEW_BEFORE_S. Keep it out of
@@ -614,7 +609,7 @@ def _told_if_unwritable(state_dir: Path) -> Iterator[None]:
 
 def _remove_leavings(state_dir: Path) -> None:
     """What an ended server leaves and the next must not find; TorchServe never removes unpacked archives."""
-    for name in (_STATE, _KEYS, _DERIVED):
+    for name in (_STATE, _KEYS, _DERIVED, PHASE, HEALTH):
         (state_dir / name).unlink(missing_ok=True)
     if (state_dir / _TEMPORARY).exists():
         shutil.rmtree(state_dir / _TEMPORARY)
