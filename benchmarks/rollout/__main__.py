@@ -81,7 +81,7 @@ def _story(demo: Path, wanted: Sequence[Candidate], scratch: Path, seed: int) ->
     policy.write_text(yaml.safe_dump(POLICY), encoding="utf-8")
     public = Path(skewless("sign", "--new-key", key)["public"])
     build(demo, wanted, store, scratch, key)
-    here = ["--state-dir", state_dir]
+    here: list[str | Path] = ["--state-dir", state_dir]
     # The bytes of the traffic are kept for as long as the comparison of the pipelines needs them: here the operator allows it.
     allowed = {"SKEWLESS_KEEP_UPLOADS": "200"}
     skewless(
@@ -108,9 +108,9 @@ def _story(demo: Path, wanted: Sequence[Candidate], scratch: Path, seed: int) ->
         Server.attach(state_dir).stop()
 
 
-def _rolled_out(candidate: Candidate, store: Path, policy: Path, here: list[Any], traffic: Traffic) -> Ended:
+def _rolled_out(candidate: Candidate, store: Path, policy: Path, here: list[str | Path], traffic: Traffic) -> Ended:
     """Register a candidate, follow the policy to its end, and take the version away that lost."""
-    began, before = time.time(), len(traffic.asked)
+    before = len(traffic.asked)
     skewless("versions", "register", store / f"{NAME}-{candidate.version}.mar", *here)
     started = time.time()
     skewless("rollout", "start", NAME, "--candidate", candidate.version, "--policy", policy, *here)

@@ -86,7 +86,7 @@ def build(demo: Path, wanted: Sequence[Candidate], store: Path, scratch: Path, k
         own, measured = checkpoint, evaluation
         if candidate.pipeline:
             own, measured = folder.parent / "best.pth", folder.parent / "evaluation"
-            manifest = ["--manifest", demo / "corpus" / "manifest.csv"]
+            manifest: list[str | Path] = ["--manifest", demo / "corpus" / "manifest.csv"]
             skewless("import", folder, weights, "--pipeline", folder / PIPELINE, "--out", own)
             skewless("evaluate", folder, "--checkpoint", own, *manifest, "--out", measured)
         _build(folder, own, measured, candidate.version, store, key)
@@ -106,5 +106,5 @@ def _write_definition(candidate: Candidate, folder: Path) -> None:
 
 
 def _build(folder: Path, checkpoint: Path, evaluation: Path, version: str, store: Path, key: Path) -> None:
-    given = ["--checkpoint", checkpoint, "--evaluation", evaluation, "--version", version]
+    given: list[str | Path] = ["--checkpoint", checkpoint, "--evaluation", evaluation, "--version", version]
     skewless("build", folder, *given, "--sign", key, "--out", store)
