@@ -167,8 +167,10 @@ def _report(ended: Sequence[Ended], asked: Sequence[Asked]) -> dict[str, Any]:
         "ended": [asdict(e) for e in ended],
         "splits": splits,
         "problems": problems,
+        "requests": len(asked),
+        "failed": len(failed),
+        "seconds": _seconds(asked),
     }
-    data |= {"requests": len(asked), "failed": len(failed), "seconds": _seconds(asked)}
     text = "\n".join([*lines, "", *(f"PROBLEM: {problem}" for problem in problems)]).rstrip() + "\n"
     return {"text": text, "data": data}
 
