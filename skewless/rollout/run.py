@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -14,11 +12,10 @@ from typing import Any
 from skewless.errors import ServerError, UsageError
 from skewless.rollout import state
 from skewless.rollout.gateway import follow
+from skewless.rollout.judge import as_text, assess
+from skewless.rollout.policy import SHADOW, Policy
 from skewless.rollout.state import FOLDER, Rollout, current, exclusive
 from skewless.torchserve.server import Server
-
-SHADOW = "shadow"
-_DEFAULT_STEPS: tuple[str | float, ...] = (SHADOW, 5.0, 25.0, 50.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -33,13 +30,7 @@ class Judged:
 
 def steps(policy: Path | None) -> list[tuple[float, bool]]:
     """The steps of a policy's file, or of the default one: percent, and whether it is the shadow. Raises UsageError."""
-    if importlib.util.find_spec("skewless.rollout.policy"):
-        module = importlib.import_module("skewless.rollout.policy")
-        named = (module.Policy.read(policy) if policy else module.Policy()).steps
-    elif policy:
-        raise UsageError(f"{policy} cannot be read: this installation has no skewless.rollout.policy")
-    else:
-        named = _DEFAULT_STEPS
+    named = (Policy.read(policy) if policy else Policy()).steps
     return [(0.0, True) if step == SHADOW else (state.checked_percent(float(step)), False) for step in named]
 
 
@@ -48,11 +39,10 @@ def first_step(policy: Path | None) -> tuple[float, bool]:
     return steps(policy)[0]
 
 
-def verdict(state_dir: Path, rollout: Rollout) -> Judged | None:
-    """What the policy says of a rollout that runs; None where nothing judges."""
-    if not importlib.util.find_spec("skewless.rollout.judge"):
-        return None
-    return _judged(state_dir, rollout)
+def verdict(state_dir: Path, rollout: Rollout) -> Judged:
+    """What the policy says of a rollout that runs."""
+    found = assess(state_dir, rollout)
+    return Judged(found.action, list(found.reasons), as_text(found), found)
 
 
 def kubernetes_patches(model: str, baseline: str, candidate: str, policy: Path | None, out_dir: Path) -> list[Path]:
@@ -98,7 +88,7 @@ def unattended(
     state_dir: Path,
     model: str,
     every_s: float,
-    judged: Callable[[Path, Rollout], Judged | None] = verdict,
+    judged: Callable[[Path, Rollout], Judged] = verdict,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Rollout:
     """Do what the policy says, with a look every `every_s` seconds, until the rollout is promoted or aborted.
@@ -112,8 +102,6 @@ def unattended(
     rollout = current(state_dir, model)
     # What is wrong from the start is told at once; later on it may pass.
     steps(Path(rollout.policy) if rollout.policy else None)
-    if judged is verdict and not importlib.util.find_spec("skewless.rollout.judge"):
-        raise UsageError("this installation has nothing that judges a rollout; step, promote or abort it yourself")
     said = ""
     with exclusive(state_dir / FOLDER / f"{model}.run.lock", busy):
         while rollout.running:
@@ -131,7 +119,7 @@ def unattended(
     return rollout
 
 
-def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Judged | None]) -> tuple[bool, str]:
+def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Judged]) -> tuple[bool, str]:
     """One look. Returns whether something was done, and what in words."""
     model = rollout.model
     # The gateway may have missed the last step, if whoever made it was killed.
@@ -143,8 +131,6 @@ def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Ju
         abort(state_dir, model, "completed after an interruption")
         return True, "aborted: completed after an interruption"
     found = judge(state_dir, rollout)
-    if found is None:
-        return False, "nothing judges it"
     why = "; ".join(found.reasons)
     if found.action == "abort":
         abort(state_dir, model, why)
@@ -170,9 +156,3 @@ def _end(state_dir: Path, model: str, why: str, action: Callable[[Server, str, s
     finally:
         # In either case: a promotion that is interrupted already sends everybody to the candidate.
         follow(state_dir)
-
-
-def _judged(state_dir: Path, rollout: Rollout) -> Judged:
-    judge = importlib.import_module("skewless.rollout.judge")
-    found = judge.assess(state_dir, rollout)
-    return Judged(found.action, list(found.reasons), judge.as_text(found), found)
