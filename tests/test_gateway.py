@@ -767,6 +767,13 @@ def test_tls_keys_rates_and_forms_by_option(place: Place, certificate: tuple[Pat
             f"{place.gateway.rest_url}/predictions/echo", files={"data": b"x"}, headers=second, timeout=30
         )
         assert form.status_code == 200
+        keys.write_text("our-client-key-0002\nour-client-key-0003\n")
+        third = {"Authorization": "Bearer our-client-key-0003"}
+        deadline = time.monotonic() + 60
+        while calling.grpc(b"x", headers=third).status == "UNAUTHENTICATED" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert calling.grpc(b"x", headers=first).status == "UNAUTHENTICATED"
+        assert calling.grpc(b"x", headers=second).status == 200
         for each in ("our-client-key-0001", "our-client-key-0002"):
             assert each not in (place.gateway.folder / "keys").read_text() + place.gateway.access_log.read_text()
     finally:

@@ -52,7 +52,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
     stub = Stub(tmp_path)
     (tmp_path / "gateway").mkdir()
     monkeypatch.setattr(run.Server, "attach", lambda state_dir: stub)
-    monkeypatch.setattr(state, "_set_default", lambda server, model, version: server.set_default(model, version))
+    monkeypatch.setattr(
+        state.versions, "set_default", lambda server, model, version: server.set_default(model, version)
+    )
     return stub
 
 

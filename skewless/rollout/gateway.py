@@ -499,6 +499,7 @@ class _Keeper:
         """Everything once. What fails is said, once, and tried again at the next look."""
         self._try("rollouts", lambda: follow(self._state_dir))
         self._try("TorchServe", self._follow_server)
+        self._try("client keys", self._follow_keys)
         self._try("logs", self._rotate)
         if (now := self._of_certificate()) != self._certificate:
             self._certificate = now
@@ -539,6 +540,10 @@ class _Keeper:
             self._anew_since = 0.0
             self._registered = found
             self._write_server()
+
+    def _follow_keys(self) -> None:
+        if (digests := self._options.key_digests()) is not None:
+            _replace(self._folder / _KEYS, "\n".join(digests) + "\n")
 
     def _write_server(self, away: bool = False) -> None:
         lines = [f"registered {name} {version}" for name, version in self._registered]

@@ -13,6 +13,7 @@ from skewless.errors import ServerError, UsageError
 from skewless.rollout import state
 from skewless.rollout.gateway import follow
 from skewless.rollout.judge import as_text, assess
+from skewless.rollout.kubernetes import write_patches
 from skewless.rollout.policy import SHADOW, Policy
 from skewless.rollout.state import FOLDER, Rollout, current, exclusive
 from skewless.torchserve.server import Server
@@ -47,11 +48,8 @@ def verdict(state_dir: Path, rollout: Rollout) -> Judged:
 
 def kubernetes_patches(model: str, baseline: str, candidate: str, policy: Path | None, out_dir: Path) -> list[Path]:
     """The policy's steps as patches for a cluster's routes; returns the files in their order. Raises UsageError."""
-    if not importlib.util.find_spec("skewless.rollout.kubernetes"):
-        raise UsageError("this installation has no skewless.rollout.kubernetes")
     percents = [percent for percent, _ in steps(policy) if percent]
-    write_patches = importlib.import_module("skewless.rollout.kubernetes").write_patches
-    return list(write_patches(model, baseline, candidate, percents, out_dir))
+    return write_patches(model, baseline, candidate, percents, out_dir)
 
 
 def step(state_dir: Path, model: str, percent: float | None, why: str, shadow: bool = False) -> Rollout:

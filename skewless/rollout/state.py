@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib
-import importlib.util
 import json
 import os
 import re
@@ -21,6 +19,8 @@ from typing import Any, Literal
 
 from skewless.core.files import atomic
 from skewless.errors import ServerError, UsageError
+from skewless.torchserve import versions
+from skewless.torchserve.audit import DONE, FAILED, INTERRUPTED, REFUSED, Audit
 from skewless.torchserve.server import Server
 
 FOLDER = "rollouts"  # in the state directory
@@ -205,7 +205,7 @@ def promote(server: Server, model: str, why: str) -> Rollout:
         # The intention first: a promotion that is interrupted from here on is completed, not forgotten.
         begun = replace(rollout, percent=100.0, shadow=False, phase="split", pending="promote")
         begun.write(server.state_dir)
-        _set_default(server, model, rollout.candidate)
+        versions.set_default(server, model, rollout.candidate)
         ended = begun.acted("promote", why, phase="promoted", pending=None)
         ended.write(server.state_dir)
     return ended
@@ -222,7 +222,7 @@ def abort(server: Server, model: str, why: str) -> Rollout:
         begun.write(server.state_dir)
         rows = [row for row in server.models() if row["name"] == model and row["default"]]
         if [row["version"] for row in rows] != [rollout.baseline]:
-            _set_default(server, model, rollout.baseline)
+            versions.set_default(server, model, rollout.baseline)
         ended = begun.acted("abort", why, phase="aborted", pending=None)
         ended.write(server.state_dir)
     return ended
@@ -275,18 +275,16 @@ def _now() -> str:
 @contextlib.contextmanager
 def _acting(state_dir: Path, action: str, model: str, version: str | None, detail: str) -> Iterator[None]:
     """Alone with a model's rollout, and with a line in the audit log. Raises UsageError where another one acts."""
-    outcome, said = "done", detail
+    outcome, said = DONE, detail
     try:
         with _alone(state_dir, model):
             yield
     except BaseException as error:
-        outcome = (
-            "refused" if isinstance(error, UsageError) else "failed" if isinstance(error, Exception) else "interrupted"
-        )
+        outcome = REFUSED if isinstance(error, UsageError) else FAILED if isinstance(error, Exception) else INTERRUPTED
         said = f"{detail}: {error}" if isinstance(error, Exception) else detail
         raise
     finally:
-        _record(state_dir, action, outcome, model, version, said)
+        Audit(state_dir).record(action, outcome, model=model, version=version, detail=said)
 
 
 @contextlib.contextmanager
@@ -316,16 +314,3 @@ def exclusive(file: Path, refusal: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _set_default(server: Server, model: str, version: str) -> None:
-    if importlib.util.find_spec("skewless.torchserve.versions"):
-        importlib.import_module("skewless.torchserve.versions").set_default(server, model, version)
-    else:
-        server.set_default(model, version)
-
-
-def _record(state_dir: Path, action: str, outcome: str, model: str, version: str | None, detail: str) -> None:
-    if importlib.util.find_spec("skewless.torchserve.audit"):
-        audit = importlib.import_module("skewless.torchserve.audit").Audit(state_dir)
-        audit.record(action, outcome, model=model, version=version, detail=detail)
