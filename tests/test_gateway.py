@@ -737,7 +737,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_tls_keys_rates_and_forms_by_option(place: Place, certificate: tuple[Path, Path], tmp_path: Path):
     cert, key = certificate
     keys = tmp_path / "keys"
-    keys.write_text("our-client-key-0001\nour-client-key-0002\n")
+    keys.write_text("".join(f"our-client-key-000{number}\n" for number in range(1, 5)))
     keys.chmod(0o600)
     options = Options(port=0, grpc_port=0, tls_cert=cert, tls_key=key, client_keys=keys, rate=1 / 60, multipart=True)
     place.open(options)
@@ -767,13 +767,15 @@ def test_tls_keys_rates_and_forms_by_option(place: Place, certificate: tuple[Pat
             f"{place.gateway.rest_url}/predictions/echo", files={"data": b"x"}, headers=second, timeout=30
         )
         assert form.status_code == 200
-        keys.write_text("our-client-key-0002\nour-client-key-0003\n")
-        third = {"Authorization": "Bearer our-client-key-0003"}
-        deadline = time.monotonic() + 60
-        while calling.grpc(b"x", headers=third).status == "UNAUTHENTICATED" and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert calling.grpc(b"x", headers=first).status == "UNAUTHENTICATED"
-        assert calling.grpc(b"x", headers=second).status == 200
+        keys.write_text("our-client-key-0004\nour-client-key-0005\n")
+        read, deadline = place.gateway.folder / "keys", time.monotonic() + 60
+        while (
+            hashlib.sha256(b"our-client-key-0005").hexdigest() not in read.read_text() and time.monotonic() < deadline
+        ):
+            time.sleep(0.05)
+        for number, status in ((3, "UNAUTHENTICATED"), (4, 200), (5, 200)):
+            key_now = {"Authorization": f"Bearer our-client-key-000{number}"}
+            assert calling.grpc(b"x", headers=key_now).status == status
         for each in ("our-client-key-0001", "our-client-key-0002"):
             assert each not in (place.gateway.folder / "keys").read_text() + place.gateway.access_log.read_text()
     finally:
