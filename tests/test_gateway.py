@@ -636,7 +636,10 @@ def test_renewals_of_the_token_under_load_lose_nothing(place: Place, callers: Ca
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_request_whose_worker_dies_is_sent_again_once(place: Place, callers: Callers, tmp_path: Path, protocol: str):
     ask = getattr(callers, protocol)
-    assert ask(f"die-once 1.0 {tmp_path / 'died'}".encode()).status == 200
+    # Large enough for a file of nginx's.
+    file = f"die-once 1.0 {tmp_path / 'died'} ".encode() + os.urandom(3_000_000)
+    answer = ask(file)
+    assert (answer.status, answer.body.get("sha256")) == (200, hashlib.sha256(file).hexdigest())
     assert (tmp_path / "died").exists()
     # One that kills every worker is given up.
     poison = ask(b"die 1.0 x")

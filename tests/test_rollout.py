@@ -115,6 +115,24 @@ def test_an_aborted_rollout_leaves_the_baseline(server: Stub):
     assert (server.default, server.asked) == ("1.0", ["1.0"])
 
 
+def test_with_its_server_away_a_rollout_can_be_aborted_all_the_same(server: Stub, monkeypatch: pytest.MonkeyPatch):
+    begin(server, 50.0)
+
+    def away(_: object) -> Stub:
+        raise UsageError("no server is running")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Server, "attach", away)
+        for action in (run.promote, run.abort):
+            with pytest.raises(UsageError, match="no server is running"):
+                action(server.state_dir, "cough", "worse")
+            left = Rollout.read(server.state_dir, "cough")
+            assert left is not None
+            assert left.pending == (None if action is run.promote else "abort")
+    assert routed(server) == "rollout cough 1.0 2.0 0 -\n"
+    assert run.abort(server.state_dir, "cough", "worse").phase == "aborted"
+
+
 @pytest.mark.parametrize(
     ("model", "candidate", "percent", "message"),
     [

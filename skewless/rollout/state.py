@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -211,20 +211,23 @@ def promote(server: Server, model: str, why: str) -> Rollout:
     return ended
 
 
-def abort(server: Server, model: str, why: str) -> Rollout:
+def abort(state_dir: Path, connect: Callable[[], Server], model: str, why: str) -> Rollout:
     """Send everybody to the baseline, see that it is the default version, and end the rollout.
 
-    What was interrupted, a promotion as well, is ended by the next call. Raises UsageError where no rollout runs.
+    connect: gives the server, and is called when the way back is decided: with a server that is away, everybody goes to the
+    baseline as soon as it is there again, and the next call ends the rollout. It ends an interrupted promotion, too. Raises
+    UsageError where no rollout runs.
     """
-    with _acting(server.state_dir, "rollout abort", model, None, why):
-        rollout = current(server.state_dir, model)
+    with _acting(state_dir, "rollout abort", model, None, why):
+        rollout = current(state_dir, model)
         begun = replace(rollout, percent=0.0, shadow=False, pending="abort")
-        begun.write(server.state_dir)
+        begun.write(state_dir)
+        server = connect()
         rows = [row for row in server.models() if row["name"] == model and row["default"]]
         if [row["version"] for row in rows] != [rollout.baseline]:
             versions.set_default(server, model, rollout.baseline)
         ended = begun.acted("abort", why, phase="aborted", pending=None)
-        ended.write(server.state_dir)
+        ended.write(state_dir)
     return ended
 
 
