@@ -137,9 +137,10 @@ def test_with_its_server_away_a_rollout_can_be_aborted_all_the_same(server: Stub
     ("model", "candidate", "percent", "message"),
     [
         ("nobody", "2.0", 5.0, "no model nobody is registered"),
-        ("cough", "9.0", 5.0, "cough 9.0 is not registered; registered: 1.0, 2.0, 3.0"),
+        ("cough", "9.0", 5.0, "cough 9.0 is not registered; registered: 1.0, 2.0, 3.0, 2.0"),
         ("cough", "1.0", 5.0, "cough 1.0 is the default version already"),
         ("cough", "3.0", 5.0, "cough 3.0 has no worker that is ready"),
+        ("cough", "2." + "0" * 200, 5.0, "is 202 characters long; expected 127 or fewer"),
         ("cough", "2.0", 0.0, "the candidate would get nothing"),
         ("cough", "2.0", 101.0, "percent is 101; expected 0 to 100, in steps of 0.1"),
         ("cough", "2.0", 0.05, "percent is 0.05; expected"),
@@ -151,6 +152,7 @@ def test_with_its_server_away_a_rollout_can_be_aborted_all_the_same(server: Stub
     ],
 )
 def test_what_cannot_be_tried_is_refused(server: Stub, model: str, candidate: str, percent: float, message: str):
+    server.workers["2." + "0" * 200] = ["READY"]
     with pytest.raises(UsageError, match=message):
         state.start(server, model, candidate, percent, False, None)
     assert state.rollouts(server.state_dir) == []

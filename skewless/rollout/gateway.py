@@ -430,6 +430,8 @@ class _Nginx:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # Without them glibc keeps what large requests took, hundreds of megabytes, for the next ones.
+                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},
                 # A signal from the keyboard is for the process that looks after it.
                 start_new_session=True,
                 umask=0o077,

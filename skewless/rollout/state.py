@@ -26,6 +26,8 @@ from skewless.torchserve.server import Server
 FOLDER = "rollouts"  # in the state directory
 # The gateway's split has this many parts.
 PARTS = 1000
+# As its length is written into a call's message in one byte.
+LONGEST_VERSION = 127
 
 Phase = Literal["shadow", "split", "promoted", "aborted"]
 RUNNING: tuple[Phase, ...] = ("shadow", "split")
@@ -151,6 +153,10 @@ def start(
         if candidate == baseline:
             raise UsageError(
                 f"{model} {candidate} is the default version already, which a candidate is compared with; name another one"
+            )
+        if too_long := [each for each in (baseline, candidate) if len(each) > LONGEST_VERSION]:
+            raise UsageError(
+                f"the version {too_long[0]:.40}... is {len(too_long[0])} characters long; expected {LONGEST_VERSION} or fewer"
             )
         if "READY" not in rows[candidate]["workers"]:
             states = ", ".join(rows[candidate]["workers"]) or "none"
