@@ -273,7 +273,16 @@ def test_a_version_registered_beside_the_store_does_not_take_over_at_a_restart(r
     registry.archive("1.0")
     registry.restarted(whole_store=True)
     versions.register(registry, registry.archive("2.0"))
-    assert registry.restarted(whole_store=True)[0] == [("1.0", True), ("2.0", False)]
+    served = [("1.0", True), ("2.0", False)]
+    assert registry.restarted(whole_store=True)[0] == registry.restarted()[0] == served
+
+
+def test_what_was_served_from_the_store_has_taken_its_version(registry: Registry):
+    registry.archive("1.0")
+    assert registry.restarted(whole_store=True)[0] == [("1.0", True)]
+    with pytest.raises(UsageError, match=r"has had echo 1\.0 with other content"):
+        versions.register(registry, registry.archive("1.0", content="other"))
+    assert "has had echo 1.0 with other content" in registry.restarted(True)[1].left_out["echo-1.0.mar"]
 
 
 def test_a_retired_version_stays_away_until_it_is_registered(registry: Registry):
