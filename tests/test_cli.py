@@ -31,6 +31,8 @@ COMMANDS = [
     "import",
     "tune",
     "build",
+    "sign",
+    "verify",
     "export",
     "skew",
     "serve",
