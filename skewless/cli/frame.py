@@ -31,7 +31,10 @@ FAILED, MISUSED = 1, 2
 MAKE, PACKAGE, SERVE, DEFINE = "Make a model", "Package and compare", "Serve it", "Definitions"
 
 # As a model goes its way; help lists them so.
-_ORDER = "new corpus train evaluate features import tune build sign verify export skew serve register smoke predict score versions retrain schema"
+_ORDER = (
+    "new corpus train evaluate features import tune build sign verify export skew serve register smoke predict score versions gateway "
+    "rollout retrain schema"
+)
 
 
 class _InOrder(TyperGroup):

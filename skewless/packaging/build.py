@@ -27,9 +27,10 @@ from skewless.core.request import Limits, Request
 from skewless.core.selftest import SelfTestError, record
 from skewless.core.selftest.record import ENTRIES, REFERENCES
 from skewless.core.service import METRICS, ModelService
+from skewless.core.telemetry import HISTOGRAM
 from skewless.core.versions import library_versions
 from skewless.errors import BuildError, UsageError
-from skewless.evaluation.scores import service_of
+from skewless.evaluation.scores import PREDICTIONS, score_histogram, service_of
 from skewless.packaging.bill_of_materials import bill_of_materials
 from skewless.packaging.decision_exact import DecisionExact, summary
 from skewless.packaging.execution import Execution
@@ -89,7 +90,13 @@ def build_archive(
     """
     if not VERSION.fullmatch(version):
         raise BuildError(f"version is {version!r}, expected digits and letters joined by dots, such as 1.0")
-    for path in (archive / PIPELINE, archive / MODEL, archive / TORCHSERVE, evaluation / METRICS):
+    for path in (
+        archive / PIPELINE,
+        archive / MODEL,
+        archive / TORCHSERVE,
+        evaluation / METRICS,
+        evaluation / PREDICTIONS,
+    ):
         if not path.is_file():
             raise BuildError(f"there is no {path}")
     definition = Definition.read(archive)
@@ -122,6 +129,7 @@ def build_archive(
         "accepted_untrained": sorted({*recorded, *accept_untrained}),
         "runtime": execution.metadata(),
         "evaluation": measured,
+        HISTOGRAM: score_histogram(evaluation / PREDICTIONS, measured["split"], measured["classes"]),
         **_tuning(definition),
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -28,11 +28,13 @@ import psutil
 import requests
 
 from skewless import resources
-from skewless.core import load_error
+from skewless.core import load_error, telemetry
 from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
 from skewless.torchserve.archive import name_and_version
+from skewless.torchserve.audit import AUDIT
+from skewless.torchserve.versions import RECORD
 
 if TYPE_CHECKING:
     from skewless.packaging.signing import TrustedKeys
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 CONFIG = resources.CONFIG
 
 LOAD_ERRORS = "load-errors"  # in the state directory: why workers could not load an archive
+JOURNAL = "journal"  # in the state directory: what workers answered
 RENEW_BEFORE_S = 60.0
 LONGEST_SOCKET_PATH = 107  # bytes of sun_path on Linux, less the closing zero
 SOCKET = ".ts.sock."  # what the names of the workers' sockets start with, in the state directory's tmp
@@ -47,9 +50,14 @@ SOCKET = ".ts.sock."  # what the names of the workers' sockets start with, in th
 # A state directory has this file; without it nothing in a folder is ours to change or remove.
 MARKER = ".skewless-server"
 _MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
+# How far a server in the foreground is, and the answers that a health check has found right.
+PHASE, HEALTH = "phase", "health.json"
 # What a server writes into its state directory.
 _STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
-_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, "logs", "lock", MARKER}
+_WRITTEN = {
+    *(_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, PHASE, HEALTH, "logs", "lock", MARKER),
+    *(AUDIT, RECORD, JOURNAL, "gateway", "rollouts"),
+}
 
 # For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.
 WITHDRAW_S = 10.0
@@ -108,7 +116,11 @@ class Server:
         command = launch.command(
             model_store, derived, temporary, properties.get("vmargs", ""), verifying=keys is not None
         )
-        extra = {**(environment or {}), load_error.FOLDER: str(state_dir / LOAD_ERRORS)}
+        extra = {
+            telemetry.JOURNAL: str(state_dir / JOURNAL),
+            **(environment or {}),
+            load_error.FOLDER: str(state_dir / LOAD_ERRORS),
+        }
         extra |= {launch.TRUSTED_KEYS: str(keys), launch.PYTHON: sys.executable} if keys else {}
 
         _claim(state_dir)
@@ -203,6 +215,10 @@ class Server:
             # Unless another server has been started here in the meantime.
             if (found := self._read(self.state_dir)) is None or found.pid == self.pid:
                 _remove_leavings(self.state_dir)
+
+    def workers(self) -> list[psutil.Process]:
+        """The workers' processes, with all that they started."""
+        return _workers(self.state_dir)
 
     def token(self, kind: TokenKind) -> str:
         """The token for one API, renewed when it expires within RENEW_BEFORE_S. Keep it out of
@@ -322,6 +338,27 @@ class Server:
             self._withdraw(path)
             raise
 
+    def scale(self, name: str, version: str, workers: int, timeout: float = 600.0) -> dict:
+        """Give a version so many workers; return its row of `models()` once all of them are ready.
+
+        One that fails leaves the version with as many as it had. Raises UsageError for less than one worker, LoadError, with
+        the handler's own message, when a worker could not load the archive, ServerError for a version that is unknown, and
+        when the workers are not ready within `timeout` seconds.
+        """
+        if workers < 1:
+            raise UsageError(f"workers is {workers}; expected 1 or more")
+        path = f"/models/{name}/{version}"
+        (before,) = self.manage("GET", path).json()
+        reason_file = load_error.path(self.state_dir / LOAD_ERRORS, name, version)
+        reason_file.unlink(missing_ok=True)
+        try:
+            self._scale(path, workers, workers)
+            self._wait_until_loaded(path, reason_file, time.monotonic() + timeout, workers)
+        except BaseException:
+            self._scale(path, before["minWorkers"], before["maxWorkers"])
+            raise
+        return self._row(name, version)
+
     def required_keys(self) -> TrustedKeys | None:
         """The keys of which one has to have signed an archive: the server's, or else those of this process's environment, or
         none. Raises UsageError where they cannot be read."""
@@ -368,9 +405,13 @@ class Server:
         self._wait_until_loaded(path, reason_file, deadline)
         if workers is not None:
             # The archive's minWorkers wins over a registration's initial_workers, so scale afterwards.
-            scale: dict[str, str | int] = {"min_worker": workers, "max_worker": workers, "synchronous": "false"}
-            self.manage("PUT", path, scale, expect=(200, 202))
+            self._scale(path, workers, workers)
             self._wait_until_loaded(path, reason_file, deadline, workers)
+
+    def _scale(self, path: str, least: int, most: int) -> None:
+        """Ask for other numbers of workers, and do not wait for them."""
+        bounds: dict[str, str | int] = {"min_worker": least, "max_worker": most, "synchronous": "false"}
+        self.manage("PUT", path, bounds, expect=(200, 202))
 
     def _why_not_unpacked(self, archive: Path) -> str:
         """What TorchServe leaves out when it says that it failed to save a model."""
@@ -568,7 +609,7 @@ def _told_if_unwritable(state_dir: Path) -> Iterator[None]:
 
 def _remove_leavings(state_dir: Path) -> None:
     """What an ended server leaves and the next must not find; TorchServe never removes unpacked archives."""
-    for name in (_STATE, _KEYS, _DERIVED):
+    for name in (_STATE, _KEYS, _DERIVED, PHASE, HEALTH):
         (state_dir / name).unlink(missing_ok=True)
     if (state_dir / _TEMPORARY).exists():
         shutil.rmtree(state_dir / _TEMPORARY)
