@@ -233,6 +233,26 @@ def test_health_means_that_a_reference_has_its_recorded_probability(served: Serv
 
 
 @pytest.mark.chain
+def test_a_health_check_counts_as_nobodys_request(served: Server):
+    archive = served.model_store / "tiny-1.0.mar"
+    served.register(archive)
+    (reference, *_) = smoke.References.from_archive(archive).payloads
+
+    def counted(client: Client) -> list[str]:
+        return re.findall(r'^skewless_files_total\{.*status="200".*\} (\S+)$', client.metrics(), re.MULTILINE)
+
+    with Client(served) as client:
+        for _ in range(3):
+            assert health(served)[0] == 0
+        assert client.predict_rest("tiny", reference).status == 200
+        until(lambda: counted(client) != ["0.0"])
+        assert counted(client) == ["1.0"]
+    journals = list((served.state_dir / "journal").glob("tiny-*.jsonl"))
+    until(lambda: sum(len(journal.read_text().splitlines()) for journal in journals))
+    assert sum(len(journal.read_text().splitlines()) for journal in journals) == 1
+
+
+@pytest.mark.chain
 def test_a_server_that_hangs_is_not_alive(served: Server):
     served.register(served.model_store / "tiny-1.0.mar")
     assert health(served, "--live")[0] == 0
@@ -394,7 +414,17 @@ def container(app: tuple[Path, list[str]]) -> Iterator[Container]:
             shown += line
         assert "tiny 1.0, default: workers READY" in shown
         (first,) = psutil.Process(engine.pid).children()
-        inside = ["nsenter", "--target", str(first.pid), "--mount", "--pid", "--net", f"--wdns={folder}", *AS_USER, *env]
+        inside = [
+            "nsenter",
+            "--target",
+            str(first.pid),
+            "--mount",
+            "--pid",
+            "--net",
+            f"--wdns={folder}",
+            *AS_USER,
+            *env,
+        ]
         yield Container(engine, first, inside)
     finally:
         engine.kill()
