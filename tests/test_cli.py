@@ -32,6 +32,8 @@ COMMANDS = [
     "import",
     "tune",
     "build",
+    "sign",
+    "verify",
     "export",
     "skew",
     "serve",
@@ -40,12 +42,16 @@ COMMANDS = [
     "predict",
     "score",
     "versions",
+    "gateway",
+    "rollout",
     "retrain",
     "schema",
 ]
 NESTED = {
-    "serve": ("start", "stop", "status", "token", "run"),
+    "serve": ("start", "stop", "status", "token", "run", "health"),
     "versions": ("list", "register", "default", "scale", "retire", "log"),
+    "gateway": ("start", "run", "stop", "status"),
+    "rollout": ("start", "status", "step", "promote", "abort", "run"),
     "retrain": ("start", "run", "status"),
 }
 EVERY = [(), *((name,) for name in COMMANDS), *((group, name) for group, names in NESTED.items() for name in names)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -30,6 +31,16 @@ Ports = Annotated[Literal["free"] | None, typer.Option(help="Free ones, instead 
 Forget = Annotated[
     bool, typer.Option("--forget", help="Forget what was registered, scaled, retired and default in this folder.")
 ]
+TrustedKeys = Annotated[
+    Path | None,
+    typer.Option(
+        "--trusted-keys",
+        metavar="FILE|DIR",
+        envvar="SKEWLESS_TRUSTED_KEYS",
+        help="Public keys: only archives signed with one of them are served.",
+        show_default="any archive is served",
+    ),
+]
 Version = Annotated[str | None, typer.Option(help="One of the model's versions.", show_default="the default one")]
 
 
@@ -40,6 +51,7 @@ def start(
     config: Config = resources.CONFIG,
     ports: Ports = None,
     forget: Forget = False,
+    trusted_keys: TrustedKeys = None,
 ) -> Result:
     """Start a server in the background, with the versions that were registered when the last one ended.
 
@@ -50,7 +62,7 @@ def start(
     from skewless.torchserve.server import Server
 
     with undone_by_a_signal():
-        server = Server.start(model_store, state_dir, config, ports)
+        server = Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys)
         restored = versions.Restored()
         try:
             if forget:
@@ -104,34 +116,68 @@ def run(
     config: Config = resources.CONFIG,
     ports: Ports = None,
     forget: Forget = False,
+    trusted_keys: TrustedKeys = None,
+    drain_s: Annotated[
+        float,
+        typer.Option("--drain", metavar="S", min=0, help="Seconds to answer what is under way after SIGTERM; 0: none."),
+    ] = 30.0,
 ) -> None:
     """Serve every archive of the model store in the foreground, until a signal: for containers.
 
     Of each model the version that was last made the default is the default one; where none was, the highest that loads. What
     was retired stays so. The status is printed once every archive is ready. An archive that does not load is left out, with its
     reason; the others are served, and the exit code at the end is 1. Where none loads, nothing is served.
+
+    After SIGTERM `serve health` fails, so that no more requests are sent here, what is under way is answered, and then the server
+    ends; a second signal ends it at once.
     """
     from skewless.torchserve import versions
+    from skewless.torchserve.drain import drain
+    from skewless.torchserve.health import set_phase
     from skewless.torchserve.server import Server
 
     restored = versions.Restored()
+
+    def end(*_: object) -> None:
+        sys.exit(FAILED if restored.left_out else 0)
+
     # As an exception, so that a signal during the start stops what was started, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED if restored.left_out else 0))
-    server = Server.start(model_store, state_dir, config, ports)
+    signal.signal(signal.SIGTERM, end)
+    server = Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys)
     try:
+        set_phase(server.state_dir, "starting")
         if forget:
             versions.forget(server)
         versions.restore(server, restored, whole_store=True)
         if restored.left_out and not server.models():
             raise ServerError(f"no archive of {model_store} loads; the reasons are above")
-        publish(_started(server, restored))
+        shown = _started(server, restored)
+        set_phase(server.state_dir, "serving")
+        signal.signal(signal.SIGTERM, _drain)
+        publish(shown)
         while server.process():
             time.sleep(1.0)
         raise ServerError(f"TorchServe has ended, see {server.state_dir / 'logs'}")
     except KeyboardInterrupt:
-        sys.exit(FAILED if restored.left_out else 0)
+        end()
+    except _DrainError:
+        signal.signal(signal.SIGTERM, end)
+        # On a full disk the health check goes on passing; what is under way is answered all the same.
+        with contextlib.suppress(OSError):
+            set_phase(server.state_dir, "draining")
+        if drain_s and not drain(server, drain_s):
+            print(f"requests are still under way after {drain_s:g} s, and are cut off", file=sys.stderr)
+        end()
     finally:
         server.stop()
+
+
+class _DrainError(Exception):
+    """SIGTERM while a server serves."""
+
+
+def _drain(*_: object) -> None:
+    raise _DrainError
 
 
 @command(app, "smoke", panel=SERVE)

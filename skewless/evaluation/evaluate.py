@@ -18,7 +18,7 @@ from skewless.evaluation.metrics import best_threshold, measure_classes, measure
 from skewless.evaluation.pictures import draw_evaluation, draw_training
 from skewless.evaluation.references import write_references
 from skewless.evaluation.reproduction import reproduce
-from skewless.evaluation.scores import arrays, dataset_digest, predict, service_of, write_predictions
+from skewless.evaluation.scores import PREDICTIONS, arrays, dataset_digest, predict, service_of, write_predictions
 from skewless.training.checkpoint import file_digest
 from skewless.training.manifest import Recording, check_contents, manifest_digest, require_every_class, select
 
@@ -82,7 +82,7 @@ def evaluate(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / METRICS).unlink(missing_ok=True)
-    write_predictions(out / "predictions.csv", classes, validation if split == "val" else validation + predictions)
+    write_predictions(out / PREDICTIONS, classes, validation if split == "val" else validation + predictions)
     write_references(out / REFERENCES, predictions, references)
     draw_evaluation(out, labels, scores, metrics)
     if checkpoint["history"]:  # an imported checkpoint has none

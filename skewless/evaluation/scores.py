@@ -19,9 +19,12 @@ from skewless.core.runtimes import RuntimeSettings, runtime_settings
 from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.service import ModelService
 from skewless.core.stages import InputError
+from skewless.core.telemetry import EDGES
 from skewless.training.cache import report_unreadable
 from skewless.training.checkpoint import network_of, trained
 from skewless.training.manifest import Recording
+
+PREDICTIONS = "predictions.csv"
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,17 @@ def write_predictions(path: Path, classes: Sequence[str], predictions: list[Pred
             # repr gives the shortest text that reads back as the same number.
             scores = map(repr, p.scores)
             writer.writerow([p.recording.file_path, p.recording.label, p.recording.split, *scores, p.sha256])
+
+
+def score_histogram(path: Path, split: str, classes: Sequence[str]) -> dict[str, list[float] | list[int]]:
+    """How the evaluation's scores are distributed, to compare live ones with: the edges of bins in [0, 1], and how many
+    recordings of `split` are in each. A score on an edge is in the bin below.
+
+    path: what `write_predictions` wrote. Of two classes, the score is the probability of the second; of more, the highest.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == split]
+    scores = np.array([max(float(row[name]) for name in score_columns(classes)) for row in rows])
+    # np.histogram's bins have their lower edge in them.
+    counts = np.bincount(np.searchsorted(EDGES[1:-1], scores), minlength=len(EDGES) - 1)
+    return {"edges": list(EDGES), "counts": counts.tolist()}

@@ -24,7 +24,7 @@ from skewless.core.stages import InputError
 from skewless.core.versions import library_versions
 from skewless.errors import BuildError
 from skewless.evaluation.metrics import auc
-from skewless.evaluation.scores import Prediction, predict, score_columns
+from skewless.evaluation.scores import PREDICTIONS, Prediction, predict, score_columns
 from skewless.packaging.probes import network_inputs
 from skewless.training.manifest import Recording, manifest_digest
 
@@ -181,7 +181,7 @@ class Execution:
 
     def measured(self, evaluation: Path, split: str) -> list[tuple[dict[str, str], Recording]]:
         """Evaluation's rows of a split, each with its recording; raises BuildError where the recordings lack one."""
-        with open(evaluation / "predictions.csv", newline="", encoding="utf-8") as file:
+        with open(evaluation / PREDICTIONS, newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["split"] == split]
         if not rows:
             raise BuildError(f"{evaluation / 'predictions.csv'} has no recordings of split '{split}'")

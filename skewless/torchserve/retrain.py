@@ -21,6 +21,7 @@ from skewless.errors import ServerError, UsageError
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import VERSION, build_archive
 from skewless.packaging.reservation import RESERVED, Reservation, version_file
+from skewless.packaging.signing import SigningKey
 from skewless.torchserve import versions
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
@@ -224,12 +225,13 @@ def retrain(
     server: Server,
     cache_dir: Path,
     references: Literal["evaluation", "synthetic"] = "evaluation",
+    key: SigningKey | None = None,
 ) -> dict[str, Any]:
     """Train on `rows`, evaluate, build, register without making it the default, and prove what is served; returns the result.
 
     The archive lies hidden in the model store until it is proved: a restart serves nothing that was not, wherever this ends.
     Whoever calls has reserved the version and the folder, by `reserve_version` and `reserve_folder`.
-    references: the recordings that travel in the archive, and that the smoke test sends.
+    references: the recordings that travel in the archive, and that the smoke test sends. key: to sign the archive with.
     `out` receives the run and status.json, which ends as "succeeded" or, with the reason, "failed"; what is raised then
     passes through.
     """
@@ -252,7 +254,9 @@ def retrain(
         metrics = evaluate(definition, checkpoint, best, rows, "test", out / "evaluation", device)
         status.write(out, progress=80, step="building")
         folder = out / "archive"
-        built = build_archive(archive, best, out / "evaluation", version, folder, references=references, force=True)
+        built = build_archive(
+            archive, best, out / "evaluation", version, folder, references=references, force=True, key=key
+        )
         published = server.model_store / built.path.name
         try:
             shutil.move(built.path, unproved)

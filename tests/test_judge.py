@@ -1,0 +1,655 @@
+"""The judgement of a rollout: intervals that hold under peeking, what is read of logs, and what a policy makes of it."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from skewless.core.telemetry import Answered
+from skewless.errors import UsageError
+from skewless.rollout.drift import between_samples, from_histogram, psi
+from skewless.rollout.evidence import Evidence
+from skewless.rollout.judge import LATENCY_BASIS, Progress, as_text, assess, judge
+from skewless.rollout.policy import Policy
+from skewless.rollout.sequential import (
+    Count,
+    Interval,
+    difference_interval,
+    log_evidence,
+    log_evidence_of_difference,
+    paired_difference_interval,
+    rate_interval,
+)
+
+# --- intervals
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.002])
+def test_a_rates_interval_is_that_of_another_implementation(alpha: float):
+    ville = pytest.importorskip("ville", reason="ville is not installed: pip install --no-deps ville==0.1.0")
+    observations = (np.random.default_rng(3).random(3000) < 0.03).astype(float)
+    theirs = ville.BernoulliCS(alpha=alpha, prior=(0.5, 0.5), intersect=False)
+    theirs.update(observations)
+    for n in (1, 2, 30, 400, 3000):
+        ours = rate_interval(Count(n, int(observations[:n].sum())), alpha)
+        assert ours == pytest.approx((theirs.lower_[n - 1], theirs.upper_[n - 1]), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [((40, 12), (25, 9)), ((30, 0), (200, 1)), ((7, 7), (50, 3)), ((0, 0), (20, 5))]
+)
+def test_a_differences_interval_is_what_a_grid_of_rates_leaves(ours: tuple[int, int], theirs: tuple[int, int]):
+    """Every pair of rates whose evidence is below the bound, looked at one by one."""
+    alpha, steps = 0.05, 1500
+    rates = np.linspace(0, 1, steps + 1)
+    with np.errstate(divide="ignore"):
+        evidence = log_evidence(*ours, rates)[:, None] + log_evidence(*theirs, rates)[None, :]
+    at0, at1 = np.nonzero(evidence < -math.log(alpha))
+    left = rates[at1] - rates[at0]
+    found = difference_interval(Count(*ours), Count(*theirs), alpha)
+    assert found == pytest.approx((left.min(), left.max()), abs=2 / steps)
+    # A grid leaves out ends that are between its points, never more.
+    assert found.low <= left.min() and found.high >= left.max()
+
+
+def test_nothing_seen_says_nothing():
+    assert rate_interval(Count(0, 0), 0.05) == (0, 1)
+    assert difference_interval(Count(0, 0), Count(0, 0), 0.05) == (-1, 1)
+    assert paired_difference_interval(Count(0, 0), Count(0, 0), 0.05) == (-1, 1)
+    with pytest.raises(ValueError, match="alpha is 0, expected a number between 0 and 1"):
+        rate_interval(Count(1, 1), 0)
+
+
+def looks(rng: np.random.Generator, runs: int, n: int, rates: tuple[float, float], share: float) -> list[np.ndarray]:
+    """Counts after every observation of each run `(runs, n)`: n and s of the baseline, n and s of the candidate."""
+    candidate = rng.random((runs, n)) < share
+    positive = rng.random((runs, n)) < np.where(candidate, rates[1], rates[0])
+    return [each.cumsum(axis=1) for each in (~candidate, ~candidate & positive, candidate, candidate & positive)]
+
+
+@pytest.mark.parametrize(("rate", "share"), [(0.3, 0.5), (0.02, 0.5), (0.3, 0.05)])
+def test_looking_after_every_request_raises_no_more_false_alarms_than_alpha(rate: float, share: float):
+    """The usual test, at a level of 0.05 each time, raises them in a third of the runs."""
+    runs, alpha = 400, 0.05
+    n0, s0, n1, s1 = looks(np.random.default_rng(8), runs, 1000, (rate, rate), share)
+    # Equal rates are most plausible where both are pooled.
+    pooled = (s0 + s1) / (n0 + n1)
+    evidence = log_evidence(n0, s0, pooled) + log_evidence(n1, s1, pooled)
+    assert (evidence >= -math.log(alpha)).any(axis=1).mean() <= alpha
+    with np.errstate(invalid="ignore", divide="ignore"):
+        z = (s1 / n1 - s0 / n0) / np.sqrt(pooled * (1 - pooled) * (1 / n0 + 1 / n1))
+    usual = ((np.abs(z) > 1.96) & (np.minimum(n0, n1) >= 20)).any(axis=1).mean()
+    assert usual > 0.15
+
+
+def test_a_true_difference_stays_in_the_interval_at_every_look():
+    alpha, rates = 0.1, (0.1, 0.25)
+    counts = looks(np.random.default_rng(5), 300, 600, rates, 0.4)
+    every = [each[:, ::5] for each in counts]
+    evidence = log_evidence_of_difference(*every, rates[1] - rates[0])
+    missed = (evidence >= -math.log(alpha)).any(axis=1)
+    assert missed.mean() <= alpha
+    # And equality does not stay.
+    assert (log_evidence_of_difference(*(each[:, -1] for each in counts), 0.0) >= -math.log(alpha)).mean() > 0.6
+
+
+def test_answers_to_the_same_bytes_get_the_wider_interval():
+    """Errors of two arms that always come together: their product is no martingale, and counts would look independent."""
+    ours, theirs = Count(2000, 40), Count(2000, 60)
+    narrow, wide = (f(ours, theirs, 0.01) for f in (difference_interval, paired_difference_interval))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+# --- distributions
+
+
+def test_the_stability_index_by_hand():
+    counts = np.array([10, 30, 60]), np.array([20, 30, 50])
+    p, q = ((each + 0.5) / (each.sum() + 1.5) for each in counts)
+    assert psi(*counts) == pytest.approx(sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    assert psi(counts[0], counts[0]) == 0
+
+
+def test_drift_tells_a_moved_distribution_from_the_same_one():
+    rng = np.random.default_rng(2)
+    same, other, moved = rng.beta(2, 5, 2000), rng.beta(2, 5, 2000), rng.beta(4, 3, 2000)
+    small, large = between_samples("", list(same), list(other)), between_samples("", list(moved), list(other))
+    assert small and large and (small.verdict, large.verdict) == ("small", "large")
+    assert small.p_value > 0.01 > 1e-6 > large.p_value and large.ks > 0.3 > small.ks
+    edges = np.linspace(0, 1, 21)
+    histogram = {"edges": edges.tolist(), "counts": np.histogram(other, edges)[0].tolist()}
+    assert from_histogram("", list(same), histogram).verdict == "small"
+    assert from_histogram("", list(moved), histogram).verdict == "large"
+    assert from_histogram("", [], histogram) is None and from_histogram("", list(same), None) is None
+    assert between_samples("", [], [0.5]) is None
+
+
+# --- logs
+
+START = 1_700_000_000.0
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a version answers."""
+
+    positive: float = 0.3
+    errors: float = 0.001
+    refused: float = 0.0
+    seconds: float = 0.1
+
+
+class Logs:
+    """The access log and the journals of a server that two versions, 1.0 and 2.0, answered on."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "gateway").mkdir(parents=True)
+        (folder / "journal").mkdir()
+        self.access = folder / "gateway" / "access.jsonl"
+        self.count = 0
+
+    def journal(self, version: str) -> Path:
+        return self.folder / "journal" / f"cough-{version}-77.jsonl"
+
+    def request(self, arm: str, time: float, **more: Any) -> dict[str, Any]:
+        """A line of the access log, answered."""
+        version = more.pop("version", "1.0" if arm == "baseline" else "2.0")
+        self.count += 1
+        line = {"time": time, "id": f"r{self.count}", "client": f"c{self.count}", "protocol": "rest", "model": "cough"}
+        line |= {"arm": arm, "version": version, "status": 200, "grpc_status": None, "request_s": 0.2}
+        return line | {"upstream_s": 0.1, "bytes_in": 100} | more
+
+    def answer(self, request: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """The journal's line of a request."""
+        line = {"time": request["time"], "model": "cough", "version": request["version"], "id": request["id"]}
+        line |= {"sha256": hashlib.sha256(request["id"].encode()).hexdigest(), "status": 200, "score": 0.2}
+        return line | {"choice": "no", "threshold": 0.5, "truncated": False, "seconds": 0.1} | more
+
+    def write(self, requests: list[dict[str, Any]], answers: list[dict[str, Any]]) -> None:
+        with self.access.open("a") as file:
+            file.writelines(json.dumps(each) + "\n" for each in requests)
+        for version in ("1.0", "2.0"):
+            with self.journal(version).open("a") as file:
+                file.writelines(json.dumps(each) + "\n" for each in answers if each["version"] == version)
+
+    def traffic(
+        self,
+        n: int,
+        baseline: Behaviour = Behaviour(),
+        candidate: Behaviour = Behaviour(),
+        share: float = 0.5,
+        seed: int = 0,
+        start: float = START,
+        shadow: bool = False,
+        flips: float = 0.0,
+    ) -> float:
+        """n requests, one a second, of as many clients; with `shadow`, each copied. Returns the time after the last."""
+        rng = np.random.default_rng(seed)
+        requests, answers = [], []
+        for number in range(n):
+            time = start + number
+            arm = "baseline" if shadow or rng.random() >= share else "candidate"
+            how = candidate if arm == "candidate" else baseline
+            sent, answer = self._one(rng, arm, how, time)
+            requests.append(sent)
+            answers += [answer] if answer else []
+            if not shadow:
+                continue
+            copy, copied = self._one(rng, "shadow", candidate, time + 0.01)
+            requests.append(copy | {"id": sent["id"], "client": sent["client"]})
+            if answer and copied:
+                kept = {key: answer[key] for key in ("id", "sha256", "choice", "score")}
+                if rng.random() < flips:
+                    kept |= {"choice": "yes" if answer["choice"] == "no" else "no", "score": 1 - answer["score"]}
+                answers.append(copied | kept)
+        self.write(requests, answers)
+        return start + n
+
+    def _one(
+        self, rng: np.random.Generator, arm: str, how: Behaviour, time: float
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        failed, refused = rng.random() < how.errors, rng.random() < how.refused
+        seconds = how.seconds * float(rng.lognormal(0, 0.3))
+        sent = self.request(arm, time, status=502 if failed else 415 if refused else 200, upstream_s=seconds)
+        if failed:
+            return sent, None
+        if refused:
+            return sent, self.answer(sent, status=415, score=None, choice=None, truncated=None)
+        positive = rng.random() < how.positive
+        score = float(rng.uniform(0.5, 1) if positive else rng.uniform(0, 0.5))
+        return sent, self.answer(sent, score=score, choice="yes" if positive else "no")
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Logs:
+    return Logs(tmp_path)
+
+
+def gathered(logs: Logs, since: float = 0.0) -> Evidence:
+    return Evidence.gather(logs.folder, "cough", "1.0", "2.0", since)
+
+
+def test_what_is_not_of_this_rollout_is_left_out(logs: Logs):
+    ours = [logs.request("baseline", START), logs.request("candidate", START + 1)]
+    others = [
+        logs.request("baseline", START - 1),
+        logs.request("explicit", START, version="2.0"),
+        logs.request("baseline", START, version="0.9"),
+        logs.request("candidate", START, model="orca"),
+    ]
+    logs.write([*ours, *others], [logs.answer(each) for each in (*ours, *others) if each["model"] == "cough"])
+    evidence = gathered(logs, START - 0.5)
+    assert [each.id for each in evidence.sent] == ["r1", "r2"]
+    assert [[each.id for each in evidence.answered[arm]] for arm in ("baseline", "candidate", "shadow")] == [
+        ["r1"],
+        ["r2"],
+        [],
+    ]
+    assert evidence.unreadable == 0 and evidence.source == "gateway" and evidence.classes == ("no",)
+
+
+def test_lines_that_are_cut_or_damaged_are_told_from_those_that_are_being_written(logs: Logs):
+    requests = [logs.request("baseline", START + n) for n in range(4)]
+    logs.write(requests, [logs.answer(each) for each in requests])
+    whole = logs.access.read_text()
+    lines = whole.splitlines(keepends=True)
+    # A line cut by a full disk, another kind of value, and a last one that nginx has not finished.
+    logs.access.write_text(lines[0] + lines[1][:20] + "\n" + "[1, 2]\n" + "\n" + lines[2] + lines[3][:50])
+    journal = logs.journal("1.0")
+    journal.write_bytes(journal.read_bytes() + b'{"time": "noon"}\n\xff\xfe\n' + b'{"time": 1')
+    evidence = gathered(logs)
+    assert [each.id for each in evidence.sent] == ["r1", "r3"]
+    assert [each.id for each in evidence.answered["baseline"]] == ["r1", "r3"]
+    assert evidence.unreadable == 4
+
+
+def test_rotated_files_are_read_once(logs: Logs):
+    for number, name in enumerate(("access.jsonl.2.gz", "access.jsonl.1", "access.jsonl")):
+        text = json.dumps(logs.request("baseline", START - number)) + "\n"
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(logs.access.with_name(name), "wt") as file:
+            file.write(text)
+    # Renamed while the folder is being listed: the same file under two names.
+    logs.access.with_name("access.jsonl.3").hardlink_to(logs.access)
+    for number, end in enumerate(("", ".1", ".2")):
+        answer = logs.answer(logs.request("baseline", START), id=f"r{number + 1}")
+        logs.journal("1.0").with_name(f"cough-1.0-77.jsonl{end}").write_text(json.dumps(answer) + "\n")
+    evidence = gathered(logs)
+    assert sorted(each.id for each in evidence.sent) == ["r1", "r2", "r3"]
+    assert [each.time for each in evidence.sent] == sorted(each.time for each in evidence.sent)
+    assert sorted(each.id for each in evidence.answered["baseline"]) == ["r1", "r2", "r3"]
+
+
+def test_a_version_whose_name_begins_like_anothers_is_another(logs: Logs):
+    sent = logs.request("baseline", START)
+    logs.write([sent], [])
+    logs.journal("1.0").with_name("cough-1.0-rc-5.jsonl").write_text(
+        json.dumps(logs.answer(sent, version="1.0-rc")) + "\n"
+    )
+    assert gathered(logs).answered["baseline"] == ()
+
+
+def test_the_first_file_of_a_client_counts_in_the_arm_that_answered_it(logs: Logs):
+    clients = ["a", "b", "a", "a", "b", "c"]
+    arms = ["baseline", "candidate", "baseline", "candidate", "candidate", "candidate"]
+    requests = [logs.request(arm, START + n, client=c) for n, (c, arm) in enumerate(zip(clients, arms, strict=True))]
+    logs.write(requests, [logs.answer(each) for each in requests])
+    evidence = gathered(logs)
+    assert [each.id for each in evidence.first_of_clients("baseline")] == ["r1"]
+    assert [each.id for each in evidence.first_of_clients("candidate")] == ["r2", "r6"]
+
+
+def test_over_grpc_files_are_told_by_their_version_and_their_bytes(logs: Logs):
+    """They come without an id: two callers send the same bytes, and of one the candidate's copy failed."""
+    requests, answers = [], []
+    for number, choice in enumerate(("yes", "no")):
+        sent = logs.request("baseline", START + number, protocol="grpc", grpc_status=0)
+        copy = logs.request("shadow", START + number, protocol="grpc", grpc_status=0, id=sent["id"])
+        requests += [sent, copy]
+        answers.append(logs.answer(sent, id=None, sha256="same"))
+        answers.append(logs.answer(copy, id=None, sha256="same", choice=choice, score=0.9))
+    refused = logs.request("baseline", START + 9, protocol="grpc", grpc_status=14)
+    later = logs.request("candidate", START + 1000, protocol="grpc", grpc_status=0)
+    answers.append(logs.answer(later, id=None, sha256="same", status=500, score=None, choice=None))
+    logs.write([*requests, refused, later], answers)
+    evidence = gathered(logs)
+    assert [(pair.flipped, round(pair.dp or 0, 3)) for pair in evidence.pairs()] == [(True, 0.7), (False, 0.7)]
+    assert [each.failed for each in evidence.requests("baseline")] == [False, False, True]
+    assert [evidence.silent_failures(arm) for arm in ("baseline", "candidate", "shadow")] == [0, 1, 0]
+    assert len(evidence.answered["candidate"]) == 1 and len(evidence.answered["shadow"]) == 2
+
+
+def test_an_answer_and_a_refusal_of_the_same_bytes_are_a_flip(logs: Logs):
+    sent = logs.request("baseline", START)
+    copy = logs.request("shadow", START, id=sent["id"])
+    logs.write([sent, copy], [logs.answer(sent), logs.answer(copy, status=415, score=None, choice=None)])
+    (pair,) = gathered(logs).pairs()
+    assert pair.flipped and pair.dp is None
+
+
+def test_a_file_that_failed_inside_of_a_request_with_several_is_that_requests_failure(logs: Logs):
+    sent = logs.request("candidate", START)
+    logs.write([sent], [logs.answer(sent), logs.answer(sent, status=500, score=None, choice=None, sha256="x")])
+    assert [each.failed for each in gathered(logs).requests("candidate")] == [True]
+
+
+def test_without_a_gateway_the_journals_are_what_there_is(logs: Logs):
+    logs.traffic(40)
+    logs.access.unlink()
+    evidence = gathered(logs)
+    assert evidence.source == "journal"
+    assert len(evidence.requests("baseline")) == len(evidence.answered["baseline"]) > 5
+    assert evidence.silent_failures("baseline") == 0
+    assert "no gateway logged requests" in as_text(judge(evidence, Policy(), progress()))
+
+
+def test_a_folder_without_logs_has_no_evidence(tmp_path: Path):
+    evidence = Evidence.gather(tmp_path, "cough", "1.0", "2.0")
+    assert evidence.sent == () and evidence.source == "journal"
+    assert judge(evidence, Policy(), progress()).action == "hold"
+
+
+# --- policies
+
+
+def policy_of(tmp_path: Path, text: str) -> Policy:
+    (tmp_path / "policy.yaml").write_text(text)
+    return Policy.read(tmp_path / "policy.yaml")
+
+
+def test_a_policy_needs_only_what_is_other(tmp_path: Path):
+    found = policy_of(tmp_path, "steps: [shadow, 10, 50]\nalpha: 0.01\nmax_dp: null\n")
+    assert found == replace(Policy(), steps=("shadow", 10.0, 50.0), alpha=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: [5]", "unknown parameter stepz; it takes: steps, min_requests"),
+        ("steps: [5, shadow]", r"steps is \[5.0, 'shadow'\], expected percentages, with or without one 'shadow'"),
+        ("steps: [50, 5]", "expected rising percentages over 0 and up to 100"),
+        ("steps: [0]", "expected rising percentages over 0"),
+        ("steps: []", r"steps is \[\], expected percentages"),
+        ("alpha: 1", "alpha is 1, expected a number between 0 and 1, such as 0.05"),
+        ("alpha: '0.1'", "alpha is '0.1', expected a number"),
+        ("unit: both", "unit is 'both', expected 'client' or 'request'"),
+        ("min_requests: 0", "min_requests is 0 and max_hours 72, expected at least 1 and more than 0"),
+        ("max_flips: 10", r"max_flips is 10, expected a number in \[0, 1\]"),
+        ("max_error_increase: .nan", "max_error_increase is "),
+        ("hold_psi: 0", "hold_psi is 0, expected more than 0, such as 0.25"),
+        ("[5]", r"it is \[5\], expected keys and values"),
+        ("a: [", "it is not YAML"),
+    ],
+)
+def test_a_wrong_policy_is_refused_with_what_is_wrong(tmp_path: Path, text: str, message: str):
+    with pytest.raises(UsageError, match=f"policy.yaml: .*{message}"):
+        policy_of(tmp_path, text)
+
+
+def test_a_policy_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UsageError, match=r"there is no policy .*nothing\.yaml"):
+        Policy.read(tmp_path / "nothing.yaml")
+
+
+# --- judgement
+
+LOOSE = Policy(steps=("shadow", 50.0, 100.0), min_requests=200)
+
+
+def progress(percent: float = 50.0, step: int = 1, hours: float = 1.0) -> Progress:
+    return Progress(percent, step, START, START, START + 3600 * hours)
+
+
+def test_equal_versions_step_and_are_promoted(logs: Logs):
+    logs.traffic(1500, seed=4)
+    evidence = gathered(logs)
+    verdict = judge(evidence, LOOSE, progress())
+    assert verdict.action == "step", verdict.reasons
+    assert verdict.reasons[0] == "there are enough requests, and no comparison is beyond what is tolerated"
+    assert [each.name for each in verdict.comparisons] == [
+        "failed requests",
+        "refused files",
+        "slow requests",
+        "files decided yes",
+    ]
+    assert judge(evidence, LOOSE, progress(percent=100, step=2)).action == "promote"
+    assert all(each.interval.low <= 0 <= each.interval.high for each in verdict.comparisons)
+
+
+def test_a_step_waits_for_its_own_requests(logs: Logs):
+    before = logs.traffic(1000)
+    logs.traffic(150, start=before, seed=1)
+    at = replace(progress(), step_started=before)
+    verdict = judge(gathered(logs), LOOSE, at)
+    assert verdict.action == "hold"
+    assert (
+        verdict.reasons[0]
+        == f"the candidate has answered {sum(1 for e in gathered(logs).after(before).sent if e.arm == 'candidate')} of the 200 requests that this step takes"
+    )
+    assert len(verdict.reasons) == 2, "the baseline has too few, too"
+    # The comparisons go on with all of the split.
+    assert sum(each.candidate.n for each in verdict.comparisons[:1]) > 400
+    everybody = judge(gathered(logs), LOOSE, replace(at, percent=100.0, step=2))
+    assert len(everybody.reasons) == 1 and everybody.action == "hold"
+
+
+def test_a_step_that_takes_too_long_ends_the_rollout(logs: Logs):
+    logs.traffic(20)
+    verdict = judge(gathered(logs), LOOSE, progress(hours=73))
+    assert verdict.action == "abort"
+    assert verdict.reasons[0] == "the step has taken 73.0 hours, and at most 72 are allowed"
+    assert "of the 200 requests that this step takes" in verdict.reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("worse", "name"),
+    [
+        (Behaviour(errors=0.06), "failed requests"),
+        (Behaviour(seconds=0.16), "slow requests"),
+        (Behaviour(positive=0.6), "files decided yes"),
+        (Behaviour(positive=0.05), "files decided yes"),
+        (Behaviour(refused=0.12), "refused files"),
+        # Better in what many look at, and another decision rate.
+        (Behaviour(seconds=0.05, errors=0.0, positive=0.6), "files decided yes"),
+    ],
+)
+def test_a_candidate_that_is_worse_is_aborted_and_told_why(logs: Logs, worse: Behaviour, name: str):
+    logs.traffic(1500, candidate=worse, seed=6)
+    verdict = judge(gathered(logs), LOOSE, progress())
+    assert verdict.action == "abort"
+    (reason,) = verdict.reasons
+    assert reason.startswith(f"beyond what is tolerated: {name}: ")
+    (found,) = (each for each in verdict.comparisons if each.state == "beyond")
+    assert found.name == name
+    for count in (found.baseline, found.candidate):
+        assert f"{count.rate:.2%} of {count.n:,}" in reason
+    assert f"from {found.interval.low:+.2%} to {found.interval.high:+.2%}" in reason
+
+
+def test_worse_by_less_than_is_tolerated_goes_on(logs: Logs):
+    logs.traffic(3000, candidate=Behaviour(positive=0.45), seed=6)
+    assert judge(gathered(logs), LOOSE, progress()).action == "abort"
+    tolerant = replace(LOOSE, max_decision_change=0.2)
+    assert judge(gathered(logs), tolerant, progress()).action == "step"
+
+
+def test_fewer_failures_and_faster_answers_are_never_held_against_a_candidate(logs: Logs):
+    logs.traffic(1500, baseline=Behaviour(errors=0.1, seconds=0.3), candidate=Behaviour(errors=0, seconds=0.05))
+    assert judge(gathered(logs), LOOSE, progress()).action == "step"
+
+
+def test_within_tolerance_takes_more_than_nothing_wrong(logs: Logs):
+    strict = replace(LOOSE, step_when="within_tolerance", max_decision_change=0.12, max_error_increase=0.02)
+    end = logs.traffic(600, seed=4)
+    verdict = judge(gathered(logs), strict, progress())
+    assert verdict.action == "hold" and "not yet shown to be within what is tolerated: " in verdict.reasons[0]
+    assert judge(gathered(logs), replace(strict, step_when="nothing_wrong"), progress()).action == "step"
+    logs.traffic(7000, seed=5, start=end)
+    verdict = judge(gathered(logs), strict, progress())
+    assert verdict.action == "step" and verdict.reasons[0] == "every comparison is within what is tolerated"
+
+
+def test_the_shadow_is_judged_by_the_same_bytes(logs: Logs):
+    logs.traffic(700, shadow=True, flips=0.01)
+    at = progress(percent=0, step=0)
+    good = judge(gathered(logs), LOOSE, at)
+    assert good.action == "step", good.reasons
+    assert [each.name for each in good.comparisons] == ["files answered otherwise", "failed requests", "slow requests"]
+    assert good.largest_dp is not None and good.largest_dp > 0.01
+    bounded = judge(gathered(logs), replace(LOOSE, max_dp=0.01), at)
+    assert bounded.action == "abort"
+    assert bounded.reasons == [
+        f"the probability of a shadowed file moved by {good.largest_dp:.4g}, and at most 0.01 is tolerated"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("worse", "flips", "name"),
+    [
+        (Behaviour(), 0.3, "files answered otherwise"),
+        (Behaviour(errors=0.08), 0.0, "failed requests"),
+        (Behaviour(seconds=0.2), 0.0, "slow requests"),
+    ],
+)
+def test_a_worse_candidate_does_not_leave_the_shadow(logs: Logs, worse: Behaviour, flips: float, name: str):
+    logs.traffic(1200, candidate=worse, flips=flips, shadow=True)
+    verdict = judge(gathered(logs), LOOSE, progress(percent=0, step=0))
+    assert verdict.action == "abort" and verdict.reasons[0].startswith(f"beyond what is tolerated: {name}: ")
+
+
+def test_the_split_is_judged_without_the_shadows_answers(logs: Logs):
+    """In the shadow the candidate failed often, which was mended; and it is another experiment."""
+    split = logs.traffic(600, candidate=Behaviour(errors=0.5), shadow=True)
+    logs.traffic(1200, start=split, seed=3)
+    at = replace(progress(), phase_started=split, step_started=split)
+    verdict = judge(gathered(logs), LOOSE, at)
+    assert verdict.action == "step"
+    counted = verdict.comparisons[0]
+    assert counted.candidate.n + counted.baseline.n == 1200
+
+
+def test_a_large_drift_holds_where_the_policy_says_so(logs: Logs):
+    logs.traffic(1500, candidate=Behaviour(positive=0.6))
+    tolerant = replace(LOOSE, max_decision_change=1.0)
+    assert judge(gathered(logs), tolerant, progress()).action == "step"
+    verdict = judge(gathered(logs), replace(tolerant, hold_psi=0.1), progress())
+    assert verdict.action == "hold"
+    assert (
+        "the population stability index of the candidate's probabilities against the baseline's is 0."
+        in verdict.reasons[0]
+    )
+
+
+def test_slow_is_what_the_baselines_first_requests_say(logs: Logs):
+    """Later requests are all slower, of both versions: that is nobody's fault."""
+    even = Behaviour(seconds=0.1)
+    end = logs.traffic(2 * LATENCY_BASIS, even, even)
+    slow = Behaviour(seconds=0.3)
+    logs.traffic(1200, slow, slow, start=end, seed=2)
+    verdict = judge(gathered(logs), replace(LOOSE, min_requests=400), progress())
+    (found,) = (each for each in verdict.comparisons if each.name == "slow requests")
+    assert found.candidate.rate > 0.5 and found.baseline.rate > 0.5 and found.state != "beyond"
+
+
+def test_two_classes_take_one_comparison_and_three_take_three(logs: Logs):
+    requests = [logs.request(("baseline", "candidate")[n % 2], START + n) for n in range(90)]
+    choices = ["a", "b", "c"]
+    logs.write(requests, [logs.answer(each, choice=choices[n // 2 % 3]) for n, each in enumerate(requests)])
+    verdict = judge(gathered(logs), LOOSE, progress())
+    assert [each.name for each in verdict.comparisons[3:]] == [f"files decided {name}" for name in choices]
+    # alpha is shared by these three, three others of the split, and three of the shadow.
+    assert [each.alpha for each in verdict.comparisons] == pytest.approx([0.05 / 9] * 6)
+    without = judge(gathered(logs), replace(LOOSE, steps=(50.0,)), progress())
+    assert [each.alpha for each in without.comparisons] == pytest.approx([0.05 / 6] * 6)
+
+
+def test_clients_that_send_much_count_once_unless_the_policy_says_otherwise(logs: Logs):
+    """One caller of the candidate sends the same positive file again and again: that is no decision rate."""
+    requests = [logs.request(("baseline", "candidate")[n % 2], START + n) for n in range(60)]
+    requests += [logs.request("candidate", START + 60 + n, client="often") for n in range(400)]
+    answers = [
+        logs.answer(each, choice="yes" if n >= 60 else ("yes", "no")[n // 2 % 2]) for n, each in enumerate(requests)
+    ]
+    logs.write(requests, answers)
+    lenient = replace(LOOSE, max_decision_change=0.1, min_requests=10)
+    (clients,) = (c for c in judge(gathered(logs), lenient, progress()).comparisons if c.name == "files decided yes")
+    assert (clients.baseline.n, clients.candidate.n, clients.candidate.s) == (30, 31, 16)
+    verdict = judge(gathered(logs), replace(lenient, unit="request"), progress())
+    assert verdict.action == "abort" and "files decided yes" in verdict.reasons[0]
+
+
+def test_a_whole_verdict_is_plain_data_and_text(logs: Logs):
+    logs.traffic(900, shadow=True, flips=0.02)
+    verdict = judge(gathered(logs), LOOSE, progress(percent=0, step=0))
+    assert json.loads(json.dumps(asdict(verdict), allow_nan=False))["action"] == "step"
+    text = as_text(verdict)
+    assert text.startswith("step: there are enough requests")
+    for part in (
+        "files answered otherwise",
+        "baseline: p50 0.",
+        "shadow: p50",
+        "largest change",
+        "stability index 0.0",
+    ):
+        assert part in text
+
+
+@dataclass(frozen=True)
+class Entry:
+    time: str
+    percent: float
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """As skewless.rollout.state has it."""
+
+    model: str
+    baseline: str
+    candidate: str
+    percent: float
+    step: int
+    started: str
+    policy: str | None
+    history: tuple[Entry, ...]
+
+
+def iso(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds")
+
+
+def test_a_rollouts_state_says_what_is_judged(logs: Logs, tmp_path: Path):
+    split = logs.traffic(600, candidate=Behaviour(errors=0.5), shadow=True)
+    step = logs.traffic(300, start=split, seed=3)
+    logs.traffic(500, start=step, seed=4)
+    (tmp_path / "policy.yaml").write_text("{steps: [shadow, 10, 50], min_requests: 200}")
+    history = (Entry(iso(START), 0.0), Entry(iso(split), 10.0), Entry(iso(step), 50.0))
+    rollout = Rollout("cough", "1.0", "2.0", 50.0, 2, iso(START), str(tmp_path / "policy.yaml"), history)
+    now = step + 600
+    assert Progress.of(rollout, now) == Progress(50.0, 2, split, step, now)
+    assert assess(logs.folder, rollout, now).action == "promote"
+    shadow = replace(rollout, percent=0.0, step=0, history=history[:1])
+    assert Progress.of(shadow, now) == Progress(0.0, 0, START, START, now)
+    assert assess(logs.folder, shadow, now).action == "abort"
+    wrong = replace(rollout, policy=str(tmp_path / "missing.yaml"))
+    with pytest.raises(UsageError, match="there is no policy"):
+        assess(logs.folder, wrong)
+
+
+def test_a_journals_line_is_what_a_worker_writes():
+    """What the logs above are made of."""
+    line = Answered(1.0, "cough", "1.0", None, None, 200, 0.5, "no", 0.5, None, 0.1)
+    assert Logs.answer.__doc__ and set(vars(line)) == {
+        *("time", "model", "version", "id", "sha256", "status", "score", "choice", "threshold", "truncated", "seconds")
+    }
+    assert Interval(0.1, 0.2).low == 0.1
