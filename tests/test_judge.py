@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,14 +14,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sklearn.metrics import roc_auc_score
 
 from benchmarks import rollout_simulation
 from skewless.errors import UsageError
+from skewless.evaluation.evaluate import evaluate
+from skewless.packaging.build import build_archive
+from skewless.rollout import labels as labelling
 from skewless.rollout.drift import between_samples, from_histogram, psi
 from skewless.rollout.evidence import Evidence
 from skewless.rollout.judge import LATENCY_BASIS, Count, Progress, as_text, assess, judge
+from skewless.rollout.labels import by_labels, read_labels
 from skewless.rollout.policy import Policy
 from skewless.rollout.sequential import BETS, block_ends, differences, log_capital, mean_interval
+from skewless.rollout.shadow import NETWORK, explain
+from skewless.training.checkpoint import load_checkpoint
+from skewless.training.manifest import read_manifest
+from tests.tiny_model import TinyModel, recording, tiny_model  # noqa: F401
 
 # --- intervals
 
@@ -678,3 +689,165 @@ def test_a_rollouts_state_says_what_is_judged(logs: Logs, tmp_path: Path):
     wrong = replace(rollout, policy=str(tmp_path / "missing.yaml"))
     with pytest.raises(UsageError, match="there is no policy"):
         assess(logs.folder, wrong)
+
+
+# --- labels that come later
+
+
+def write_labels(folder: Path, text: str) -> Path:
+    path = folder / "labels.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_area_under_the_curve_is_another_librarys_and_its_interval_holds():
+    rng = np.random.default_rng(4)
+    true = 0.760  # of scores that are normal and one apart: Phi(1 / sqrt(2))
+    inside = []
+    for _ in range(300):
+        truth = rng.random(150) < 0.4
+        # Rounded, so that some are equal.
+        scores = np.round(rng.standard_normal(150) + truth, 1)
+        area, (low, high) = labelling.auc_interval(truth.astype(int), scores)
+        assert area == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
+        inside.append(low <= true <= high)
+    assert 0.9 < np.mean(inside) < 0.99
+    assert labelling.auc_interval(np.array([1, 0, 0]), np.array([0.3, 0.5, 0.1])) == (0.5, (0, 1))
+
+
+def test_labels_are_joined_by_the_requests_id(logs: Logs):
+    logs.traffic(400, candidate=Behaviour(positive=0.5), seed=3)
+    evidence = gathered(logs)
+    answers = [each for arm in evidence.answered.values() for each in arm if each.score is not None]
+    # The candidate is always right, the baseline in six of seven.
+    other = {"yes": "no", "no": "yes"}
+    wrong = {each.id for each in answers if each.version == "1.0" and int(each.id[1:]) % 7 == 0}
+    rows = [f"{each.id},{other[each.choice] if each.id in wrong else each.choice}" for each in answers]
+    path = write_labels(logs.folder, "\n".join(["request_id,label", *rows, "nobody,yes", "no-one,0"]))
+    labels = by_labels(evidence, path)
+    ours, theirs = labels.arms
+    assert (ours.arm, theirs.arm, ours.files + theirs.files) == ("baseline", "candidate", len(answers))
+    assert theirs.accuracy == theirs.auc == 1.0 and 0.5 < ours.accuracy < 1
+    assert ours.accuracy_interval.low < ours.accuracy < ours.accuracy_interval.high
+    assert ours.auc_interval.low < ours.auc < ours.auc_interval.high
+    assert labels.unknown == ("nobody", "no-one")
+    text = labelling.as_text(labels)
+    assert "2 labels are of no file that an arm answered: nobody, no-one" in text
+    assert f"candidate (2.0): {theirs.files} labelled files, accuracy 1.0000" in text
+
+
+def test_labels_are_joined_by_bytes(logs: Logs):
+    upload = b"an upload"
+    (logs.folder / "upload.wav").write_bytes(upload)
+    digest = hashlib.sha256(upload).hexdigest()
+    requests = [logs.request(arm, START + n) for n, arm in enumerate(("baseline", "candidate", "baseline"))]
+    answers = [logs.answer(each, sha256=digest if n < 2 else "other") for n, each in enumerate(requests)]
+    logs.write(requests, [*answers, logs.answer(requests[0], sha256=digest)])
+    for text in ("file,label\nupload.wav,no", f"sha256,label\n{digest},0", f"\ufefflabel,sha256\nno,{digest}\nyes,f00"):
+        labels = by_labels(replace(gathered(logs), classes=("no", "yes")), write_labels(logs.folder, text))
+        assert [(each.files, each.accuracy, each.auc) for each in labels.arms] == [(1, 1.0, None)] * 2
+    assert labels.unknown == ("f00",)
+
+
+def test_a_label_of_a_request_with_several_files_is_of_none(logs: Logs):
+    sent = logs.request("candidate", START)
+    logs.write([sent], [logs.answer(sent, sha256="a"), logs.answer(sent, sha256="b")])
+    labels = by_labels(gathered(logs), write_labels(logs.folder, "request_id,label\nr1,no"))
+    assert labels.ambiguous == ("r1",) and labels.unknown == () and labels.arms[0].files == 0
+    assert "use sha256: r1" in labelling.as_text(labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,label\nr1,yes", r"has the columns id, label; expected label and one of request_id, sha256, file"),
+        ("request_id,sha256,label\nr1,a,yes", "expected label and one of"),
+        ("", "has the columns none"),
+        ("request_id,label\n", "has no rows"),
+        ("request_id,label\nr1,maybe", "line 2: label is 'maybe', expected one of no, yes, or its number from 0"),
+        ("request_id,label\nr1,2", "line 2: label is '2', expected one of"),
+        ("request_id,label\nr1", "line 2: label is None, expected one of"),
+        ("request_id,label\n,yes", "line 2: request_id is empty"),
+        ("request_id,label\nr1,yes\nr1,no", "line 3: r1 has another label above; give each file one"),
+        ("file,label\nmissing.wav,yes", "line 2: missing.wav cannot be read: No such file"),
+    ],
+)
+def test_wrong_labels_are_refused_with_their_line(tmp_path: Path, text: str, message: str):
+    with pytest.raises(UsageError, match=message):
+        read_labels(write_labels(tmp_path, text), ("no", "yes"))
+
+
+def test_labels_that_are_no_text(tmp_path: Path):
+    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "labels.csv", tmp_path / "missing.csv", tmp_path):
+        with pytest.raises(UsageError, match=str(path)):
+            read_labels(path, ("no", "yes"))
+
+
+# --- why shadowed files are answered otherwise
+
+
+def altered(archive: Path, store: Path, version: str, edit: tuple[str, str] = ("", "")) -> Path:
+    """The archive as another version, with something else in its pipeline.yaml."""
+    target = store / f"tiny-{version}.mar"
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(target, "w") as copy:
+        for info in source.infolist():
+            data = source.read(info)
+            if info.filename == "MAR-INF/MANIFEST.json":
+                manifest = json.loads(data)
+                manifest["model"]["modelVersion"] = version
+                data = json.dumps(manifest).encode()
+            if info.filename == "pipeline.yaml" and edit[0]:
+                assert data.count(edit[0].encode()) == 1
+                data = data.replace(*(each.encode() for each in edit))
+            copy.writestr(info, data)
+    return target
+
+
+@pytest.mark.chain
+def test_the_worst_files_name_the_first_stage_that_differs(tiny_model: TinyModel, tmp_path: Path):  # noqa: F811
+    definition, store = tiny_model.definition, tmp_path / "store"
+    recordings = read_manifest(tiny_model.manifest, tiny_model.manifest.parent, definition.classes)
+    checkpoint, device = load_checkpoint(tiny_model.checkpoint), torch.device("cpu")
+    evaluate(definition, checkpoint, tiny_model.checkpoint, recordings, "test", tmp_path / "test", device, references=3)
+    built = build_archive(tiny_model.archive, tiny_model.checkpoint, tmp_path / "test", "1.0", store).path
+    altered(built, store, "2.0", ("f_max: 4000.0", "f_max: 3000.0"))
+    altered(built, store, "3.0")
+    logs = Logs(tmp_path / "state")
+    (logs.folder / "state.json").write_text(json.dumps({"model_store": str(store)}))
+    kept = logs.folder / "journal" / "kept"
+    kept.mkdir()
+    for version in ("2.0", "3.0"):
+        requests, answers = [], []
+        for number, moved in enumerate((0.1, 0.4, 0.3, 0.0)):
+            upload = recording(1, number)
+            digest = hashlib.sha256(upload).hexdigest()
+            if number != 2:  # of which the bytes were not kept
+                (kept / digest).write_bytes(upload)
+            sent = logs.request("baseline", START + number, model="tiny")
+            copy = logs.request("shadow", START + number, id=sent["id"], version=version, model="tiny")
+            requests += [sent, copy]
+            answers.append(logs.answer(sent, sha256=digest, model="tiny", score=0.2))
+            answers.append(logs.answer(copy, sha256=digest, model="tiny", score=0.2 + moved))
+        logs.access.write_text("".join(json.dumps(each) + "\n" for each in requests))
+        for each in ("1.0", version):
+            lines = [json.dumps(answer) + "\n" for answer in answers if answer["version"] == each]
+            (logs.folder / "journal" / f"tiny-{each}-7.jsonl").write_text("".join(lines))
+        evidence = Evidence.gather(logs.folder, "tiny", "1.0", version)
+        assert evidence.classes == ("tone", "noise") and set(evidence.histograms) == {"1.0", version}
+        worst = explain(evidence)
+        assert [round(each.candidate - each.baseline, 6) for each in worst] == [0.4, 0.1]
+        if version == "2.0":
+            assert [each.stage for each in worst] == ["mel", "mel"]
+            assert worst[0].definition == "f_max 4000.0 → 3000.0" and worst[0].largest > 0 and worst[0].preprocessing
+            assert f"{worst[0].sha256[:12]}: 0.2000 to 0.6000; first differs at 'mel' (" in str(worst[0])
+        else:
+            assert [(each.stage, each.preprocessing) for each in worst] == [(NETWORK, 0.0)] * 2
+            assert "both networks take the same input" in str(worst[0])
+        assert len(explain(evidence, count=1)) == 1
+    (store / "tiny-3.0.mar").unlink()
+    with pytest.raises(UsageError, match=r"the archive of tiny 3\.0 is not in the model store any more; put it back"):
+        explain(evidence)
+    for path in kept.iterdir():
+        path.unlink()
+    assert explain(evidence) == []
