@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,9 +49,8 @@ def measure(archive: Path, folder: Path | None, rounds: int, scratch: Path) -> s
     ]
     for threshold in sorted({*THRESHOLDS, service.threshold}):
         share, other = _decisions(service, service.cascade, inputs, threshold)
-        thresholds = [threshold] * len(inputs)
         alone, both = _interleaved(
-            rounds, lambda: exact(inputs), lambda at=thresholds: service.cascade and service.cascade(inputs, at)
+            rounds, partial(exact, inputs), partial(service.cascade, inputs, [threshold] * len(inputs))
         )
         lines.append(f"| {threshold:g} | {100 * share:.1f} % | {_figures(alone, both)} | {other} |")
     requests = [Request(payload) for payload in payloads]

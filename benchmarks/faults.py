@@ -33,6 +33,7 @@ import soundfile
 
 from benchmarks.command import scratch_folder
 from skewless.errors import LoadError, ServerError, UsageError
+from skewless.torchserve import versions
 from skewless.torchserve.client import Answer, Client
 from skewless.torchserve.server import Server, name_and_version
 from skewless.torchserve.smoke import References
@@ -216,11 +217,12 @@ def killed_workers(server: Server, canaries: Canaries, kills: int = 6, every_s: 
 
 
 def killed_server(server: Server, canaries: Canaries) -> tuple[Row, Server]:
-    """Kill TorchServe itself under load, start another one in the same state directory, and register the archive again.
+    """Kill TorchServe itself under load, start another one in the same state directory, and bring back what was registered.
 
     Its worker is stopped before, as if it computed something long: it would not notice that its server is gone.
     """
-    archive = server.model_store / f"{canaries.name}-{canaries.version}.mar"
+    # As an operator would, so that it is recorded.
+    versions.set_default(server, canaries.name, canaries.version)
     with Callers(server, canaries) as callers:
         callers.wait_for(10)
         pid = wait_for_worker(server, canaries)
@@ -231,7 +233,7 @@ def killed_server(server: Server, canaries: Canaries) -> tuple[Row, Server]:
     seen = callers.seen
     dropped = seen.lost - before
     again = Server.start(server.model_store, server.state_dir, ports="free")
-    again.register(archive, default=True)
+    versions.restore(again, versions.Restored())
     with Callers(again, canaries) as callers:
         callers.wait_for(1)
         back = time.perf_counter() - killed
@@ -240,9 +242,9 @@ def killed_server(server: Server, canaries: Canaries) -> tuple[Row, Server]:
     if orphaned:
         os.kill(pid, signal.SIGKILL)
     row = Row(
-        "TorchServe killed, then `serve start` and `register`",
+        "TorchServe killed, then `serve start`",
         f"503, no connection, until it is registered again; {seen.right} right before, {after.right} after",
-        f"{dropped}: every request that was waiting for its answer, and what was registered",
+        f"{dropped}: every request that was waiting for its answer",
         back,
         seen.wrong == after.wrong == after.lost == 0 and not orphaned,
         max(seen.furthest, after.furthest),

@@ -13,6 +13,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -54,7 +55,7 @@ def _encoded(samples: np.ndarray, rate: int, container: str, codec: str, bit_rat
     file = io.BytesIO()
     layout = "mono" if len(samples) == 1 else "stereo"
     with av.open(file, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=rate, layout=layout, bit_rate=bit_rate)
+        stream = cast(av.AudioStream, out.add_stream(codec, rate=rate, layout=layout, bit_rate=bit_rate))
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
         frame.rate, frame.pts = rate, 0
         for each in (frame, None):
@@ -105,7 +106,8 @@ def report(pipeline: Pipeline, payloads: dict[str, bytes], repeats: int, say: Ca
         plain, fast = sum(best["plain"]), sum(best["fast"])
         short = sum(compare(shortened, payload, repeats)["fast"])
         say(f"{name} | {plain * 1e3:.1f} | {fast * 1e3:.1f} | {plain / fast:.1f} | {short * 1e3:.1f}")
-        for path, steps in (("plain", list(pipeline.stages.values())), ("fast", pipeline.plan)):
+        paths: dict[str, Sequence[Step]] = {"plain": list(pipeline.stages.values()), "fast": pipeline.plan}
+        for path, steps in paths.items():
             parts = (f"{name_of(s)} {t * 1e3:.2f}" for s, t in zip(steps, best[path], strict=True))
             details.append(f"{name}, {path}: {', '.join(parts)}")
     say("\n" + "\n".join(details))

@@ -40,7 +40,8 @@ step "5/6 serving"
 # One that an earlier --keep left, healthy or not.
 skewless serve stop --state-dir "$work/server" 2> /dev/null || true
 [ -n "$keep" ] || trap 'skewless serve stop --state-dir "$work/server"' EXIT
-skewless serve start --state-dir "$work/server" --model-store "$work/model_store" --ports free
+# Version 1.0 is built anew each time.
+skewless serve start --state-dir "$work/server" --model-store "$work/model_store" --ports free --forget
 skewless register "$work/model_store/$name-1.0.mar" --default --state-dir "$work/server"
 step "6/6 smoke test: served against evaluated"
 skewless smoke "$name" --state-dir "$work/server"

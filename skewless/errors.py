@@ -17,6 +17,10 @@ class UsageError(ServerError):
     """What was asked for cannot be done, such as stopping a server where none runs; the message says what to do."""
 
 
+class SignatureError(UsageError):
+    """An archive is not signed as it has to be, or not what was signed; the message says which."""
+
+
 class LoadError(ServerError):
     """A worker could not load an archive; the message is the handler's own."""
 

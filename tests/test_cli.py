@@ -18,6 +18,7 @@ import typer
 from skewless.cli import app
 from skewless.cli.frame import Result, command
 from skewless.errors import BuildError, CheckFailedError, LoadError, ServerError, UsageError
+from skewless.torchserve.archive import Archive
 from skewless.torchserve.store import as_table, listing
 from skewless.training.config import Config
 from tests.conftest import ROOT, call_skewless, run_skewless
@@ -31,6 +32,8 @@ COMMANDS = [
     "import",
     "tune",
     "build",
+    "sign",
+    "verify",
     "export",
     "skew",
     "serve",
@@ -39,10 +42,18 @@ COMMANDS = [
     "predict",
     "score",
     "versions",
+    "gateway",
+    "rollout",
     "retrain",
     "schema",
 ]
-NESTED = {"serve": ("start", "stop", "status", "token", "run"), "retrain": ("start", "run", "status")}
+NESTED = {
+    "serve": ("start", "stop", "status", "token", "run", "health"),
+    "versions": ("list", "register", "default", "scale", "retire", "log"),
+    "gateway": ("start", "run", "stop", "status"),
+    "rollout": ("start", "status", "step", "promote", "abort", "run"),
+    "retrain": ("start", "run", "status"),
+}
 EVERY = [(), *((name,) for name in COMMANDS), *((group, name) for group, names in NESTED.items() for name in names)]
 
 WIDE = {"COLUMNS": "160", "TERM": "dumb"}
@@ -134,7 +145,10 @@ def test_training_has_an_option_for_every_setting():
         (("score", "README.md", "--input", ".", "--out", "x.parquet"), "README.md is not a model archive (.mar)"),
         (("score", "README.md", "--input", ".", "--out", "x.parquet", "--threshold", "2"), "is '2'"),
         (("score", "README.md", "--input", ".", "--out", "x.parquet", "--workers", "0"), "is '0'"),
-        (("versions", "--model-store", "nowhere"), "nowhere: no such model store"),
+        (("versions", "list", "--model-store", "nowhere"), "nowhere: no such model store"),
+        (("versions", "default", "cough", "2.0", "--state-dir", "nowhere"), "no server is running in"),
+        (("versions", "scale", "cough", "2.0"), "Missing option '--workers'"),
+        (("versions", "retire", "cough", "2.0", "--state-dir", "nowhere"), "no server is running in"),
         (("retrain", "start", "archive/talent"), "--manifest"),
         (("retrain", "start", "archive/talent", "--manifest", "nowhere.csv"), "there is no manifest nowhere.csv"),
         (("retrain", "status", "--out", "nowhere"), "no retraining was started there"),
@@ -288,15 +302,20 @@ def test_versions_without_a_server(tmp_path: Path):
     archive(tmp_path, "echo", "1.0")
     (tmp_path / "broken-1.0.mar").write_bytes(b"no archive")
     where = ("--model-store", tmp_path, "--state-dir", tmp_path / "state")
-    shown = called("versions", *where)
+    shown = called("versions", "list", *where)
     assert shown.returncode == 0, shown.stderr
-    assert re.search(r"^cough +1\.10 +- +- +0\.31 +0123456789ab +eager +exact +0\.9877$", shown.stdout, re.MULTILINE)
+    assert re.search(
+        r"^cough +1\.10 +- +- +0\.31 +0123456789ab +eager +exact +0\.9877 +[0-9a-f]{12}$", shown.stdout, re.MULTILINE
+    )
     assert "broken-1.0.mar: " in shown.stdout and "is not a model archive" in shown.stdout
-    found = json.loads(called("versions", "cough", *where, "--json").stdout)["versions"]
-    assert [(row["name"], row["version"], row["workers"]) for row in found] == [
-        ("cough", "1.9", None),
-        ("cough", "1.10", None),
+    found = json.loads(called("versions", "list", "cough", *where, "--json").stdout)["versions"]
+    assert [(row["name"], row["version"], row["state"], row["workers"]) for row in found] == [
+        ("cough", "1.9", "-", None),
+        ("cough", "1.10", "-", None),
     ]
+    assert found[0]["metrics"] == METRICS["evaluation"]
+    with Archive(tmp_path / "cough-1.9.mar") as opened:
+        assert found[0]["digest"] == opened.digest()
 
 
 def test_versions_beside_those_that_are_registered(tmp_path: Path):
@@ -304,11 +323,18 @@ def test_versions_beside_those_that_are_registered(tmp_path: Path):
     archive(tmp_path, "cough", "2.0", METRICS)
     row = {"name": "cough", "version": "1.0", "archive": "cough-1.0.mar", "default": True, "workers": ["READY"]}
     gone = {"name": "cough", "version": "0.9", "archive": "cough-0.9.mar", "default": False, "workers": ["READY"]}
-    rows = listing(tmp_path, [row, gone])
-    assert [(r.version, r.default, r.workers) for r in rows] == [
-        ("1.0", True, ["READY"]),
-        ("2.0", False, None),
-        ("0.9", False, ["READY"]),
+    recorded = {
+        ("cough", "1.0"): ("cough-1.0.mar", "left out"),
+        ("cough", "2.0"): ("cough-2.0.mar", "left out"),
+        ("cough", "0.8"): ("cough-0.8.mar", "left out"),
+        ("cough", "0.7"): ("cough-0.7.mar", "retired"),
+    }
+    rows = listing(tmp_path, [row, gone], recorded)
+    assert [(r.version, r.state, r.default, r.workers, r.problem) for r in rows] == [
+        ("1.0", "default", True, ["READY"], ""),
+        ("2.0", "left out", False, None, ""),
+        ("0.9", "registered", False, ["READY"], "the file is gone"),
+        ("0.8", "left out", False, None, "the file is gone"),
     ]
     table = as_table(rows)
     assert re.search(r"^cough +1\.0 +default +READY +0\.31 ", table, re.MULTILINE)

@@ -242,17 +242,17 @@ def test_unusual_recordings_get_an_answer(client: Client):
         assert answer.body["duration_s"] == pytest.approx(duration)
 
 
-def test_an_hour_is_read_and_said_to_be_truncated(client: Client):
+def test_the_longest_recording_is_read_and_said_to_be_truncated(client: Client):
     file = io.BytesIO()
     with soundfile.SoundFile(file, "w", 8000, 1, format="FLAC", subtype="PCM_16") as out:
-        for minute in range(60):
+        for minute in range(15):
             out.write((1000 * np.sin(np.arange(8000 * 60) * (0.1 + minute / 200))).astype(np.int16))
     assert len(file.getvalue()) < 50_000_000
     answer = client.predict_rest("cough", file.getvalue())
     assert answer.status == 200
     assert answer.body["truncated"] is True
     assert answer.body["num_segments"] == 32
-    assert (answer.body["analyzed_s"], answer.body["duration_s"]) == (17.5, 3600.0)
+    assert (answer.body["analyzed_s"], answer.body["duration_s"]) == (17.5, 900.0)
 
 
 def test_an_upload_beyond_torchserves_own_limit_is_refused(client: Client, good):

@@ -30,17 +30,19 @@ def imported(demonstration: Demonstration, tmp_path: Path) -> tuple[Path, Path]:
     return new, evaluation
 
 
-def registered(server: Server, demonstration: Demonstration, checkpoint: Path, evaluation: Path, *build: str) -> str:
-    """Build version 2.0 into the server's store and register it beside the default version; the archive's name."""
+def registered(
+    server: Server, demonstration: Demonstration, version: str, checkpoint: Path, evaluation: Path, *build: str
+) -> str:
+    """Build a version into the server's store and register it beside the default version; the archive's name."""
     arguments = ("--checkpoint", checkpoint, "--evaluation", evaluation, "--out", demonstration.store)
-    run_skewless("build", COUGH, *arguments, "--version", "2.0", *build)
-    archive = demonstration.store / "cough-2.0.mar"
+    run_skewless("build", COUGH, *arguments, "--version", version, *build)
+    archive = demonstration.store / f"cough-{version}.mar"
     run_skewless("register", archive, "--state-dir", server.state_dir)
     return archive.name
 
 
 def test_an_imported_checkpoint_is_served(server: Server, demonstration: Demonstration, imported: tuple[Path, Path]):
-    archive = registered(server, demonstration, *imported)
+    archive = registered(server, demonstration, "2.0", *imported)
     try:
         rows = smoke_test(server, "cough", "2.0")
         assert len(rows) == 6
@@ -52,15 +54,15 @@ def test_an_imported_checkpoint_is_served(server: Server, demonstration: Demonst
 
 def test_onnx_runtime_serves_the_evaluated_probabilities(server: Server, client: Client, demonstration: Demonstration):
     onnx = ("--runtime", "onnxruntime", "--precision", "fp32")
-    archive = registered(server, demonstration, demonstration.checkpoint, demonstration.evaluation, *onnx)
+    archive = registered(server, demonstration, "3.0", demonstration.checkpoint, demonstration.evaluation, *onnx)
     try:
-        rows = smoke_test(server, "cough", "2.0")
+        rows = smoke_test(server, "cough", "3.0")
         assert all(row.passed and row.max_dp <= SERVED for row in rows), rows
         (recording,) = (demonstration.evaluation / "references").glob("08.*")
-        body = client.predict_rest("cough", recording.read_bytes(), "2.0").body
+        body = client.predict_rest("cough", recording.read_bytes(), "3.0").body
         assert (body["runtime"], body["precision"], body["tier"]) == ("onnxruntime", "fp32", "exact")
         # The default version is still the first one.
         assert client.predict_rest("cough", recording.read_bytes()).body["runtime"] == "mnn"
     finally:
-        server.unregister("cough", "2.0")
+        server.unregister("cough", "3.0")
         (demonstration.store / archive).unlink()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import skewless.torchserve.retrain as module
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.packaging.build import Built
 from skewless.packaging.reservation import Reservation, reserved, version_file
+from skewless.torchserve.audit import Audit
 from skewless.torchserve.retrain import (
     STATUS,
     Status,
@@ -29,6 +31,7 @@ from skewless.torchserve.retrain import (
     reserve_version,
 )
 from skewless.torchserve.store import archives, listing
+from skewless.torchserve.versions import Record, Recorded
 from skewless.training.config import Config
 from skewless.training.manifest import ManifestError
 from tests.conftest import ROOT, call_skewless
@@ -66,13 +69,23 @@ def test_manifests_are_merged_whatever_their_files_are_called(tmp_path: Path):
         merged([first], ("poor", "good"))
 
 
+def record(state_dir: Path, version: str) -> None:
+    """As a server whose `talent` had such a version, which is gone by now."""
+    had = Record()
+    had.keep("talent", version, Recorded(f"talent-{version}.mar", "retired"))
+    had.write(state_dir)
+
+
 def test_a_version_is_refused_before_the_training(tmp_path: Path):
     (tmp_path / "talent-3.0.mar").write_bytes(b"")
-    server = SimpleNamespace(models=lambda: [{"name": "talent", "version": "2.0"}], model_store=tmp_path)
+    models = [{"name": "talent", "version": "2.0"}]
+    server = SimpleNamespace(models=lambda: models, model_store=tmp_path, state_dir=tmp_path)
+    record(tmp_path, "3.5")
     check_version(server, "talent", "4.0-b")
     for version, message in (
         ("2.0", "exists already"),
         ("3.0", "exists already"),
+        ("3.5", "exists already"),
         ("../4", "expected digits and letters"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -89,8 +102,10 @@ def test_a_singer_stays_on_one_side_over_all_manifests(tmp_path: Path):
 def test_the_next_version_is_above_all_that_there_are(tmp_path: Path):
     (tmp_path / "talent-3.1.mar").write_bytes(b"")
     models = [{"name": "talent", "version": "1.0"}, {"name": "orca", "version": "9.0"}]
-    server = SimpleNamespace(models=lambda: models, model_store=tmp_path)
+    server = SimpleNamespace(models=lambda: models, model_store=tmp_path, state_dir=tmp_path)
     assert next_version(server, "talent") == "4.0"
+    record(tmp_path, "6.2")
+    assert next_version(server, "talent") == "7.0"
     assert next_version(server, "orca") == "10.0"
     assert next_version(server, "portrait") == "1.0"
 
@@ -144,15 +159,16 @@ class Registry:
     """A server, as far as retraining asks it. seen: the store's archives that a restart would serve, at each step."""
 
     def __init__(self, folder: Path):
-        self.model_store = folder / "store"
+        self.model_store, self.state_dir = folder / "store", folder / "state"
         self.model_store.mkdir()
+        self.state_dir.mkdir()
         self.rows: list[dict] = []
         self.seen: list[list[str]] = []
 
     def models(self) -> list[dict]:
         return self.rows
 
-    def register(self, archive: Path, default: bool) -> dict:
+    def register(self, archive: Path, workers: int | None, default: bool, timeout: float) -> dict:
         assert archive.is_file() and archive.parent == self.model_store
         self.seen.append([path.name for path in archives(self.model_store)])
         self.rows.append(
@@ -170,7 +186,10 @@ def retrain(folder: Path, server: Registry, monkeypatch: pytest.MonkeyPatch, **s
 
     def build(archive, checkpoint, evaluation, version, out, **_):
         out.mkdir()
-        (out / f"talent-{version}.mar").write_bytes(b"archive")
+        with zipfile.ZipFile(out / f"talent-{version}.mar", "w") as file:
+            file.writestr(
+                "MAR-INF/MANIFEST.json", f'{{"model": {{"modelName": "talent", "modelVersion": "{version}"}}}}'
+            )
         return Built(out / f"talent-{version}.mar", ())
 
     row = SimpleNamespace(path="gRPC", passed=True, max_dp=0.0)
@@ -194,6 +213,14 @@ def test_an_archive_appears_in_the_store_once_it_is_proved(tmp_path: Path, monke
     assert server.seen == [[], ["talent-2.0.mar"]]
     assert [row["archive"] for row in server.rows] == ["talent-2.0.mar"]
     assert [path.name for path in server.model_store.iterdir()] == ["talent-2.0.mar"]
+    # What was only being proved is in the log and not in the record.
+    entries, _ = Audit(server.state_dir).read("talent")
+    assert [(entry["action"], entry["version"], entry["outcome"]) for entry in entries] == [
+        ("register", "2.0", "done"),
+        ("withdraw", "2.0", "done"),
+        ("register", "2.0", "done"),
+    ]
+    assert Record.read(server.state_dir).of("talent", "2.0").archive == "talent-2.0.mar"
 
 
 @pytest.mark.parametrize("fault", ["register", "smoke", "publish"])
@@ -201,16 +228,17 @@ def test_a_failed_retraining_leaves_nothing_that_would_be_served(tmp_path: Path,
     server, register = Registry(tmp_path), Registry.register
     refused = {"register": 0, "publish": 1}.get(fault)
 
-    def refuse(self: Registry, archive: Path, default: bool) -> dict:
+    def refuse(self: Registry, archive: Path, *others) -> dict:
         if len(self.seen) == refused:
             raise LoadError("the self-test failed")
-        return register(self, archive, default)
+        return register(self, archive, *others)
 
     monkeypatch.setattr(Registry, "register", refuse)
     row = SimpleNamespace(path="gRPC", passed=fault != "smoke", max_dp=1.0)
     with pytest.raises(ServerError):
         retrain(tmp_path, server, monkeypatch, smoke_test=lambda *_: [row])
     assert (list(server.model_store.iterdir()), server.rows) == ([], [])
+    assert Record.read(server.state_dir) == Record()
     status = read_status(tmp_path / "run")
     steps = {"register": "registering", "smoke": "proving what is served", "publish": "publishing"}
     assert (status.state, status.step) == ("failed", steps[fault])
@@ -290,7 +318,7 @@ def test_what_is_being_proved_is_listed_as_such(tmp_path: Path):
 
 
 def reserve_and_wait(store: Path, taken: multiprocessing.Queue, done: multiprocessing.Event) -> None:
-    server = SimpleNamespace(models=list, model_store=store)
+    server = SimpleNamespace(models=list, model_store=store, state_dir=store)
     taken.put(reserve_version(server, "talent")[0])
     done.wait(60)
 
@@ -303,7 +331,7 @@ def test_retrainings_at_once_choose_different_versions(tmp_path: Path):
         process.start()
     try:
         assert sorted(taken.get(timeout=60) for _ in processes) == ["1.0", "2.0", "3.0", "4.0"]
-        server = SimpleNamespace(models=list, model_store=tmp_path)
+        server = SimpleNamespace(models=list, model_store=tmp_path, state_dir=tmp_path)
         with pytest.raises(UsageError, match=r"another process is building or retraining talent 3\.0; choose another"):
             reserve_version(server, "talent", "3.0")
         with (

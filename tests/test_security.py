@@ -411,7 +411,7 @@ def used(running: Running) -> Running:
     with pytest.raises(ServerError) as refused:
         server.manage("GET", "/models/nobody")
     running.seen.append(str(refused.value))
-    for command in (("serve", "status"), ("serve", "status", "--json"), ("versions",), ("register", "none.mar")):
+    for command in (("serve", "status"), ("serve", "status", "--json"), ("versions", "list"), ("register", "none.mar")):
         done = run_skewless(*command, "--state-dir", server.state_dir, check=False)
         running.seen += [done.stdout, done.stderr]
     recording = server.state_dir.parent / "recording.wav"

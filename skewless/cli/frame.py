@@ -31,7 +31,10 @@ FAILED, MISUSED = 1, 2
 MAKE, PACKAGE, SERVE, DEFINE = "Make a model", "Package and compare", "Serve it", "Definitions"
 
 # As a model goes its way; help lists them so.
-_ORDER = "new corpus train evaluate features import tune build export skew serve register smoke predict score versions retrain schema"
+_ORDER = (
+    "new corpus train evaluate features import tune build sign verify export skew serve register smoke predict score versions gateway "
+    "rollout retrain schema"
+)
 
 
 class _InOrder(TyperGroup):
@@ -67,6 +70,15 @@ Device = Annotated[
 ]
 StateDir = Annotated[
     Path, typer.Option("--state-dir", metavar="DIR", help="The server's folder: tokens, logs, process id.")
+]
+TrustedKeys = Annotated[
+    Path,
+    typer.Option(
+        "--trusted",
+        metavar="FILE|DIR",
+        envvar="SKEWLESS_TRUSTED_KEYS",
+        help="Public keys on P-256, in PEM: a file, or a folder of files that end in .pub or .pem.",
+    ),
 ]
 STATE_DIR = Path(".server")
 

@@ -1,4 +1,4 @@
-"""Commands between a checkpoint and an archive: import, build, export, skew."""
+"""Commands between a checkpoint and an archive: import, build, export, skew; and its signature: sign, verify."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from skewless.cli.frame import (
     Device,
     Result,
     Root,
+    TrustedKeys,
     app,
     command,
     device_of,
 )
-from skewless.errors import UsageError
+from skewless.errors import SignatureError, UsageError
 
 if TYPE_CHECKING:
     from skewless.packaging.references import Choice
@@ -156,18 +157,26 @@ def build(
         ),
     ] = None,
     root: Root = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="Sign the archive with this private key, as `skewless sign` does."),
+    ] = None,
 ) -> Result:
     """Package a checkpoint as NAME-VERSION.mar, if it gives the numbers that evaluation recorded."""
     from skewless.core.definition import Definition
     from skewless.packaging.build import build_archive
     from skewless.packaging.decision_exact import DecisionExact
     from skewless.packaging.execution import Execution
+    from skewless.packaging.signing import ready_to_sign
     from skewless.training.manifest import read_manifest
 
     if runtime is None and (precision or (decision_exact is None and (manifest or calibration_manifest))):
         raise UsageError(
             "--precision, --manifest and --calibration-manifest go with --runtime, the manifests also with --decision-exact"
         )
+
+    # Before the long work: what is wrong with a key is known now.
+    key = None if sign is None else ready_to_sign(sign)
 
     def recordings(path: Path | None) -> list[Recording]:
         return read_manifest(path, root or path.parent, Definition.read(archive).classes) if path else []
@@ -189,12 +198,70 @@ def build(
         decision_exact=both,
         references=_references(references or ["evaluation"]),
         accept_untrained=accept_untrained or (),
+        key=key,
     )
     size = built.path.stat().st_size
     for warning in built.warnings:
         print(f"note: {warning}")
-    data = {"archive": built.path, "bytes": size, "warnings": built.warnings}
-    return Result(data, f"{built.path}: {size / 1e6:.1f} MB")
+    data = {"archive": built.path, "bytes": size, "warnings": built.warnings, "signed": key and key.fingerprint}
+    by = f", signed with the key {key.fingerprint:.16}" if key else ""
+    return Result(data, f"{built.path}: {size / 1e6:.1f} MB{by}")
+
+
+@command(app, "sign", panel=PACKAGE)
+def sign(
+    archive: Annotated[
+        Path | None, typer.Argument(metavar="MAR", help="An archive (.mar).", show_default=False)
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A private key on the curve P-256, in PEM.", show_default=False)
+    ] = None,
+    new_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Make a key: FILE, and FILE.pub for others.", show_default=False)
+    ] = None,
+) -> Result:
+    """Sign an archive: all of its files, for its name and version. Nothing else in it changes.
+
+    A key's password is read from the environment variable SKEWLESS_SIGN_PASSWORD.
+    """
+    from skewless.packaging import signing
+
+    if new_key is not None and archive is None and key is None:
+        public = signing.new_key(new_key)
+        fingerprint = signing.SigningKey.read(new_key).fingerprint
+        data = {"key": new_key, "public": public, "fingerprint": fingerprint}
+        return Result(
+            data, f"{new_key}: keep it to yourself\n{public}: give it to those who run servers\nkey {fingerprint}"
+        )
+    if archive is None or key is None or new_key is not None:
+        raise UsageError("give an archive and --key, or --new-key alone")
+    signed = signing.sign_archive(archive, signing.ready_to_sign(key))
+    text = f"{archive}: {signed.name} {signed.version}, {signed.files} files, signed with the key {signed.key:.16}"
+    return Result({"archive": archive, "signed": signed}, text)
+
+
+@command(app, "verify", panel=PACKAGE)
+def verify(
+    archive: Annotated[Path, typer.Argument(metavar="MAR", help="An archive (.mar).")],
+    trusted: TrustedKeys,
+) -> Result:
+    """Tell whether an archive is signed with a trusted key, complete, unaltered, and called what it is.
+
+    Exits with 1 when it is not, and says why.
+    """
+    from skewless.packaging import signing
+
+    keys = signing.TrustedKeys.read(trusted)
+    try:
+        signed = signing.verify_archive(archive, keys)
+    except SignatureError as error:
+        return Result({"archive": archive, "verified": False, "reason": str(error)}, str(error), failed=True)
+    lines = [
+        f"{archive}: {signed.name} {signed.version}, {signed.files} files, as signed",
+        f"key     {signed.key}",
+        f"content {signed.digest}",
+    ]
+    return Result({"archive": archive, "verified": True, "signed": signed}, "\n".join(lines))
 
 
 def _references(given: list[str]) -> Choice:

@@ -19,6 +19,7 @@ from skewless.errors import ServerError, UsageError
 
 if TYPE_CHECKING:
     from skewless.packaging.reservation import Reservation
+    from skewless.packaging.signing import SigningKey
     from skewless.torchserve.server import Server
     from skewless.training.config import Config
     from skewless.training.manifest import Recording
@@ -52,6 +53,10 @@ References = Annotated[
         help="The recordings that travel in the archive: those of the test split that evaluation kept, or computed ones only."
     ),
 ]
+Sign = Annotated[
+    Path | None,
+    typer.Option(metavar="KEY", help="Sign the archive with this private key, as a server with trusted keys asks for."),
+]
 Cache = Annotated[Path, typer.Option(metavar="DIR", help="Keeps what preprocessing gave.")]
 CACHE = Path("runs/cache")
 # How `start` passes on the version and the folder that it has reserved: their locks stay held without a gap.
@@ -66,6 +71,7 @@ class _Plan(NamedTuple):
     out: Path
     config: Config
     rows: list[Recording]
+    key: SigningKey | None
     version_held: Reservation
     out_held: Reservation
 
@@ -80,6 +86,7 @@ def start(
     version: Version = None,
     out: Out = None,
     references: References = "evaluation",
+    sign: Sign = None,
     cache: Cache = CACHE,
     state_dir: StateDir = STATE_DIR,
 ) -> Result:
@@ -91,7 +98,7 @@ def start(
     from skewless.torchserve.retrain import LOG, STATUS, read_status
 
     # Here too, although the process checks them again: nobody looks at once at what runs in the background.
-    plan = _checked(archive, manifests, recipe, epochs, batch_size, version, out, state_dir)
+    plan = _checked(archive, manifests, recipe, epochs, batch_size, version, out, sign, state_dir)
     held = (plan.version_held.descriptor, plan.out_held.descriptor)
     options: dict[str, Any] = {
         "--recipe": recipe,
@@ -100,6 +107,7 @@ def start(
         "--version": plan.version,
         "--out": plan.out,
         "--references": references,
+        "--sign": sign,
         "--cache": cache,
         "--state-dir": state_dir,
         **dict(zip((VERSION_DESCRIPTOR, OUT_DESCRIPTOR), held, strict=True)),
@@ -138,6 +146,7 @@ def run(
     version: Version = None,
     out: Out = None,
     references: References = "evaluation",
+    sign: Sign = None,
     cache: Cache = CACHE,
     state_dir: StateDir = STATE_DIR,
     version_descriptor: Descriptor = None,
@@ -149,10 +158,19 @@ def run(
     # As an exception, so that whoever ends it leaves nothing half-done.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     plan = _checked(
-        archive, manifests, recipe, epochs, batch_size, version, out, state_dir, (version_descriptor, out_descriptor)
+        archive,
+        manifests,
+        recipe,
+        epochs,
+        batch_size,
+        version,
+        out,
+        sign,
+        state_dir,
+        (version_descriptor, out_descriptor),
     )
     try:
-        result = do(archive, plan.rows, plan.config, plan.version, plan.out, plan.server, cache, references)
+        result = do(archive, plan.rows, plan.config, plan.version, plan.out, plan.server, cache, references, plan.key)
     finally:
         plan.version_held.release()
         plan.out_held.release()
@@ -178,6 +196,7 @@ def _checked(
     batch_size: int | None,
     version: str | None,
     out: Path | None,
+    sign: Path | None,
     state_dir: Path,
     descriptors: tuple[int | None, int | None] = (None, None),
 ) -> _Plan:
@@ -195,6 +214,7 @@ def _checked(
     if absent := [path for path in manifests if not path.is_file()]:
         raise UsageError(f"there is no manifest {absent[0]}")
     server = Server.attach(state_dir)
+    key = _key(server, sign)
     definition = Definition.read(archive)
     name = definition.name
     version_descriptor, out_descriptor = descriptors
@@ -213,6 +233,23 @@ def _checked(
         else:
             out = out or Path("runs/retrain", f"{name}-{version}")
             out_held = reserve_folder(out)
-        plan = _Plan(server, name, version, out, config, rows, held, out_held)
+        plan = _Plan(server, name, version, out, config, rows, key, held, out_held)
         undo.pop_all()
     return plan
+
+
+def _key(server: Server, sign: Path | None) -> SigningKey | None:
+    """The key to sign with. Raises UsageError, before hours of training, where the server will not take what it signs."""
+    trusted = server.required_keys()
+    if sign is None:
+        if trusted:
+            raise UsageError(
+                f"the server takes archives only that are signed with a key of {trusted.source}; give --sign KEY"
+            )
+        return None
+    from skewless.packaging.signing import ready_to_sign
+
+    key = ready_to_sign(sign)
+    if trusted and key.fingerprint not in trusted.keys:
+        raise UsageError(f"the key {sign} is none of those that the server trusts, in {trusted.source}")
+    return key

@@ -1,7 +1,8 @@
-"""Commands around a running TorchServe: serve, register, smoke, predict, versions."""
+"""Commands around a running TorchServe: serve, smoke, predict."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -15,10 +16,11 @@ import typer
 
 from skewless import resources
 from skewless.cli.frame import FAILED, SERVE, STATE_DIR, Result, StateDir, app, command, publish
-from skewless.errors import LoadError, ServerError, UsageError
+from skewless.errors import ServerError, UsageError
 
 if TYPE_CHECKING:
     from skewless.torchserve.server import Server
+    from skewless.torchserve.versions import Restored
 
 serve = typer.Typer(name="serve", help="Start, stop, or look at a TorchServe.")
 app.add_typer(serve, rich_help_panel=SERVE)
@@ -26,6 +28,19 @@ app.add_typer(serve, rich_help_panel=SERVE)
 ModelStore = Annotated[Path, typer.Option(metavar="DIR", help="Folder of archives (.mar).")]
 Config = Annotated[Path, typer.Option(metavar="FILE", help="TorchServe's settings.", show_default="ours")]
 Ports = Annotated[Literal["free"] | None, typer.Option(help="Free ones, instead of those in the configuration.")]
+Forget = Annotated[
+    bool, typer.Option("--forget", help="Forget what was registered, scaled, retired and default in this folder.")
+]
+TrustedKeys = Annotated[
+    Path | None,
+    typer.Option(
+        "--trusted-keys",
+        metavar="FILE|DIR",
+        envvar="SKEWLESS_TRUSTED_KEYS",
+        help="Public keys: only archives signed with one of them are served.",
+        show_default="any archive is served",
+    ),
+]
 Version = Annotated[str | None, typer.Option(help="One of the model's versions.", show_default="the default one")]
 
 
@@ -35,11 +50,29 @@ def start(
     state_dir: StateDir = STATE_DIR,
     config: Config = resources.CONFIG,
     ports: Ports = None,
+    forget: Forget = False,
+    trusted_keys: TrustedKeys = None,
 ) -> Result:
-    """Start a server in the background; register archives with it afterwards."""
+    """Start a server in the background, with the versions that were registered when the last one ended.
+
+    They have as many workers as then, and the same default. A version that does not load is left out, with its reason; the
+    others are served, and the exit code is 1.
+    """
+    from skewless.torchserve import versions
     from skewless.torchserve.server import Server
 
-    return _status(Server.start(model_store, state_dir, config, ports))
+    # As an exception, so that a signal during the start stops what was started, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    server = Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys)
+    restored = versions.Restored()
+    try:
+        if forget:
+            versions.forget(server)
+        versions.restore(server, restored)
+        return _started(server, restored)
+    except BaseException:
+        server.stop()
+        raise
 
 
 @command(serve, "stop")
@@ -83,71 +116,69 @@ def run(
     state_dir: StateDir = STATE_DIR,
     config: Config = resources.CONFIG,
     ports: Ports = None,
+    forget: Forget = False,
+    trusted_keys: TrustedKeys = None,
+    drain_s: Annotated[
+        float,
+        typer.Option("--drain", metavar="S", min=0, help="Seconds to answer what is under way after SIGTERM; 0: none."),
+    ] = 30.0,
 ) -> None:
     """Serve every archive of the model store in the foreground, until a signal: for containers.
 
-    Of each model the highest version that loads is the default. The status is printed once every archive is ready. An archive
-    that does not load is left out, with its reason; the others are served, and the exit code at the end is 1. Where none
-    loads, nothing is served.
-    """
-    from skewless.torchserve.server import Server
-    from skewless.torchserve.store import archives
+    Of each model the version that was last made the default is the default one; where none was, the highest that loads. What
+    was retired stays so. The status is printed once every archive is ready. An archive that does not load is left out, with its
+    reason; the others are served, and the exit code at the end is 1. Where none loads, nothing is served.
 
-    left_out: dict[str, str] = {}
+    After SIGTERM `serve health` fails, so that no more requests are sent here, what is under way is answered, and then the server
+    ends; a second signal ends it at once.
+    """
+    from skewless.torchserve import versions
+    from skewless.torchserve.drain import drain
+    from skewless.torchserve.health import set_phase
+    from skewless.torchserve.server import Server
+
+    restored = versions.Restored()
+
+    def end(*_: object) -> None:
+        sys.exit(FAILED if restored.left_out else 0)
+
     # As an exception, so that a signal during the start stops what was started, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED if left_out else 0))
-    server = Server.start(model_store, state_dir, config, ports)
+    signal.signal(signal.SIGTERM, end)
+    server = Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys)
     try:
-        found = archives(model_store)
-        for archive in found:
-            try:
-                server.register(archive, default=True)
-            except ServerError as error:
-                if server.process() is None:
-                    raise
-                left_out[archive.name] = str(error)
-                print(f"{archive.name} is left out: {error}", file=sys.stderr)
-        if found and len(left_out) == len(found):
+        set_phase(server.state_dir, "starting")
+        if forget:
+            versions.forget(server)
+        versions.restore(server, restored, whole_store=True)
+        if restored.left_out and not server.models():
             raise ServerError(f"no archive of {model_store} loads; the reasons are above")
-        shown = _status(server)
-        text = "\n".join([shown.text, *(f"{'left out':12} {name}: {reason}" for name, reason in left_out.items())])
-        publish(Result(shown.data | {"left_out": left_out}, text))
+        shown = _started(server, restored)
+        set_phase(server.state_dir, "serving")
+        signal.signal(signal.SIGTERM, _drain)
+        publish(shown)
         while server.process():
             time.sleep(1.0)
         raise ServerError(f"TorchServe has ended, see {server.state_dir / 'logs'}")
     except KeyboardInterrupt:
-        sys.exit(FAILED if left_out else 0)
+        end()
+    except _DrainError:
+        signal.signal(signal.SIGTERM, end)
+        # On a full disk the health check goes on passing; what is under way is answered all the same.
+        with contextlib.suppress(OSError):
+            set_phase(server.state_dir, "draining")
+        if drain_s and not drain(server, drain_s):
+            print(f"requests are still under way after {drain_s:g} s, and are cut off", file=sys.stderr)
+        end()
     finally:
         server.stop()
 
 
-@command(app, "register", panel=SERVE)
-def register(
-    archive: Annotated[Path, typer.Argument(metavar="MAR", help="An archive (.mar) in the server's model store.")],
-    default: Annotated[bool, typer.Option("--default", help="Serve requests that name no version.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes.", show_default="the archive's model-config.yaml")
-    ] = None,
-    state_dir: StateDir = STATE_DIR,
-) -> Result:
-    """Register an archive with the running server, and wait until its workers are ready.
+class _DrainError(Exception):
+    """SIGTERM while a server serves."""
 
-    Exits with 1 when a worker cannot load it: the handler's own error is printed, the version is unregistered again,
-    and the versions already serving go on.
-    """
-    from skewless.torchserve.server import Server
 
-    # As an exception, so that an interrupted registration is taken back.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    server = Server.attach(state_dir)
-    try:
-        model = server.register(archive, workers, default)
-    except LoadError as error:
-        log = server.state_dir / "logs" / "model_log.log"
-        raise LoadError(f"{archive} does not load: {error}\nunregistered again; details in {log}") from error
-    which = "default version" if model["default"] else "not the default version"
-    text = f"{model['name']} {model['version']} registered, {which}, workers {', '.join(model['workers'])}"
-    return Result(model, text)
+def _drain(*_: object) -> None:
+    raise _DrainError
 
 
 @command(app, "smoke", panel=SERVE)
@@ -203,32 +234,16 @@ def predict(
     return Result(answer.body, json.dumps(answer.body, indent=2), failed=refused)
 
 
-@command(app, "versions", panel=SERVE)
-def versions(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Only this one's.", show_default=False)] = None,
-    model_store: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder of archives.", show_default="the server's, or model_store"),
-    ] = None,
-    state_dir: StateDir = STATE_DIR,
-) -> Result:
-    """List the versions in the model store and those that a server has registered, with what was measured of each.
-
-    Works without a server, too: then nothing is registered.
-    """
-    from skewless.torchserve.server import Server
-    from skewless.torchserve.store import as_table, listing
-
-    try:
-        server = Server.attach(state_dir)
-    except UsageError:
-        server = None
-    store = model_store or (server.model_store if server else Path("model_store"))
-    if not store.is_dir():
-        raise UsageError(f"{store}: no such model store; give --model-store, or build an archive first")
-    registered = server.models() if server and server.model_store == store.resolve() else []
-    rows = [row for row in listing(store, registered) if model in (None, row.name)]
-    return Result({"model_store": store, "versions": rows}, as_table(rows) if rows else f"{store} has no archives")
+def _started(server: Server, restored: Restored) -> Result:
+    """As `_status`, and what was not brought back, with which it fails."""
+    shown = _status(server)
+    lines = [f"{'left out':12} {name}: {reason}" for name, reason in restored.left_out.items()]
+    lines += [f"{'default':12} {words}" for words in restored.stand_ins.values()]
+    return Result(
+        shown.data | {"left_out": restored.left_out, "stand_ins": restored.stand_ins},
+        "\n".join([shown.text, *lines]),
+        failed=shown.failed or bool(restored.left_out),
+    )
 
 
 def _status(server: Server) -> Result:

@@ -188,6 +188,11 @@ class Pipeline:
         return next(iter(self.stages.values())).reads
 
     @property
+    def last_stage(self) -> str:
+        """The name of the stage whose result the network takes."""
+        return next(reversed(self.stages))
+
+    @property
     def unfitted(self) -> list[str]:
         """The stages that lack what training takes from its recordings, such as a scaler's statistics."""
         return [name for name, stage in self.stages.items() if not stage.fitted]

@@ -29,18 +29,23 @@ from skewless.core.selftest.record import ENTRIES, REFERENCES
 from skewless.core.service import METRICS, ModelService
 from skewless.core.telemetry import HISTOGRAM
 from skewless.core.versions import library_versions
-from skewless.errors import BuildError
+from skewless.errors import BuildError, UsageError
 from skewless.evaluation.scores import PREDICTIONS, score_histogram, service_of
+from skewless.packaging.bill_of_materials import bill_of_materials
 from skewless.packaging.decision_exact import DecisionExact, summary
 from skewless.packaging.execution import Execution
+from skewless.packaging.model_card import model_card
 from skewless.packaging.references import Choice, check_evaluated, stage_references
 from skewless.packaging.reservation import reserved
+from skewless.packaging.signing import SigningKey, sign_folder
+from skewless.torchserve.archive import Archive
 from skewless.training.checkpoint import file_digest, load_checkpoint, network_of, trained
 from skewless.training.untrained import UntrainedError, require_trained
 
 VERSION = re.compile(r"[0-9A-Za-z]+([.-][0-9A-Za-z]+)*")
 
 TORCHSERVE = "model-config.yaml"
+BILL_OF_MATERIALS, MODEL_CARD = "bom.cdx.json", "MODEL_CARD.md"
 TUNING = "tuning.json"  # what `skewless tune` measured
 # Seconds that TorchServe waits for a batch where model-config.yaml does not say: config.properties.
 DEFAULT_RESPONSE_TIMEOUT = 60
@@ -66,8 +71,9 @@ def build_archive(
     decision_exact: DecisionExact | None = None,
     references: Choice = "evaluation",
     accept_untrained: Collection[str] = (),
+    key: SigningKey | None = None,
 ) -> Built:
-    """Write `out/NAME-VERSION.mar`. The same inputs give the same bytes.
+    """Write `out/NAME-VERSION.mar`. The same inputs give the same bytes, but for a signature, which differs each time.
 
     archive: a definition (pipeline.yaml, model.yaml, and TorchServe's model-config.yaml); its folder's name is the model's.
     evaluation: what `skewless evaluate` wrote for this checkpoint.
@@ -75,6 +81,7 @@ def build_archive(
     decision_exact: a fast network to ask before that runtime's, which has to be in fp32.
     references: the recordings that travel in the archive, as skewless.packaging.references.Choice describes.
     accept_untrained: layers that look untrained and are rightly so, beside those that the checkpoint records.
+    key: to sign the archive with.
     Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
     another pipeline, weights that do not fit, an evaluation of another checkpoint or one that did not reproduce its training,
     references that are not reproduced within the tier's tolerance or that barely vary, a reduced precision whose AUC is
@@ -145,14 +152,21 @@ def build_archive(
             metrics["runtime"]["measured"] = execution.measure(service, evaluation)
             _write_metrics(metrics, staged)
         _run_self_test(staged)
+        _describe(metrics, pipeline.reads, staged)
         unpacked = _archive_directory(staged, weights[0], name, version, Path(scratch))
+        _forget_date(unpacked)
+        if key:
+            sign_folder(unpacked, key)
         packed = Path(scratch, "packed")
         _zip_reproducibly(unpacked, packed)
         target = out / f"{name}-{version}.mar"
-        if target.exists() and not force and target.read_bytes() != packed.read_bytes():
+        same = target.exists() and _same_files(target, packed)
+        if target.exists() and not same and not force:
             raise BuildError(f"{target} exists and differs; choose another --version, or replace it with --force")
-        with atomic(target) as unfinished:
-            shutil.move(packed, unfinished)
+        # The same files, perhaps signed: they stay so, unless they are to be signed anew.
+        if not same or key:
+            with atomic(target) as unfinished:
+                shutil.move(packed, unfinished)
     return Built(target, tuple(warnings))
 
 
@@ -278,6 +292,12 @@ def _is_taken(name: str, folder: Path) -> bool:
     return found.origin is None or not Path(found.origin).is_relative_to(folder)
 
 
+def _describe(metrics: dict[str, Any], reads: str, folder: Path) -> None:
+    """Write what an archive is made of, and what it is good for, beside its metrics."""
+    (folder / BILL_OF_MATERIALS).write_text(bill_of_materials(metrics, reads), encoding="utf-8")
+    (folder / MODEL_CARD).write_text(model_card(metrics, reads), encoding="utf-8")
+
+
 def _write_metrics(metrics: dict[str, Any], folder: Path) -> None:
     (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
@@ -347,12 +367,25 @@ def _archive_directory(staged: Path, weights: Path, name: str, version: str, scr
     return scratch / name
 
 
-def _zip_reproducibly(folder: Path, target: Path) -> None:
-    """Zip in sorted order with a fixed date; the manifest's creation time goes."""
+def _forget_date(folder: Path) -> None:
+    """Remove the archive's creation time from its manifest."""
     manifest_path = folder / "MAR-INF" / "MANIFEST.json"
     manifest: dict[str, Any] = json.loads(manifest_path.read_text(encoding="utf-8"))
     manifest.pop("createdOn", None)
     manifest_path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _same_files(target: Path, packed: Path) -> bool:
+    """Whether two archives hold the same files, whoever signed them. False where the first is no archive."""
+    try:
+        with Archive(target) as old, Archive(packed) as new:
+            return old.digest() == new.digest()
+    except UsageError:
+        return False
+
+
+def _zip_reproducibly(folder: Path, target: Path) -> None:
+    """Zip in sorted order with a fixed date."""
     with zipfile.ZipFile(target, "w") as archive:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))

@@ -10,12 +10,14 @@ import hashlib
 import json
 import lzma
 import re
+import struct
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from skewless.core.errors import DefinitionError
 from skewless.core.yaml_file import MAX_BYTES, parse_yaml
@@ -36,6 +38,9 @@ _DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
 )
 _LINK = 0o120000
+# Before each file of a zip: signature, version, flags, method, time, date, CRC, two sizes, lengths of the name and of what follows it.
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_SIZES_FOLLOW = 0x8
 
 
 class Archive:
@@ -112,19 +117,52 @@ class Archive:
             raise self.refused(f"its {MANIFEST} has no 'model'")
         return self._name("name", model.get("modelName")), self._name("version", model.get("modelVersion"))
 
-    def digest(self) -> str:
-        """SHA-256 of what the archive holds, in hexadecimal: of the lines "SHA-256  name" of its files, sorted by name, without its
-        signature. Archives of the same files have the same one, however they were zipped and whoever signed them."""
-        lines = []
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file but the signature, in hexadecimal, by name."""
+        found = {}
         for info in sorted(self._zip.infolist(), key=lambda info: info.filename):
             if info.is_dir() or info.filename == SIGNATURE:
                 continue
             try:
                 with self._zip.open(info) as file:
-                    lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {info.filename}\n")
+                    digest = hashlib.file_digest(cast(zipfile.ZipExtFile, file), "sha256")
+                found[info.filename] = digest.hexdigest()
             except _DAMAGE as error:
                 raise self.refused(f"its {info.filename} cannot be read: {error!r}") from error
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return found
+
+    def digest(self) -> str:
+        """SHA-256 of what the archive holds, in hexadecimal: of the lines "SHA-256  name" of its files, sorted by name, without its
+        signature. Archives of the same files have the same one, however they were zipped and whoever signed them."""
+        return digest_of(self.digests())
+
+    def extract(self, folder: Path) -> None:
+        """Write every file but the signature into a new folder."""
+        members = [info for info in self._zip.infolist() if info.filename != SIGNATURE]
+        try:
+            self._zip.extractall(folder, members)
+        except _DAMAGE as error:
+            raise self.refused(f"it cannot be unpacked: {error!r}") from error
+
+    def check_layout(self) -> None:
+        """Raise UsageError unless the files are the same for those who read the zip from its start as for those who begin with
+        the list at its end: TorchServe does the one, this module the other."""
+        position = 0
+        with open(self.path, "rb") as file:
+            for info in sorted(self._zip.infolist(), key=lambda info: info.header_offset):
+                file.seek(position)
+                header = file.read(_LOCAL_HEADER.size)
+                if info.header_offset != position or len(header) < _LOCAL_HEADER.size:
+                    raise self.refused(
+                        f"there are bytes before its {info.filename} that its list of files does not have"
+                    )
+                _, _, flags, method, _, _, *sizes, name, extra = _LOCAL_HEADER.unpack(header)
+                listed = [info.CRC, info.compress_size, info.file_size]
+                if flags & _SIZES_FOLLOW or method != info.compress_type or sizes != listed:
+                    raise self.refused(f"its {info.filename} is described in two ways")
+                position += _LOCAL_HEADER.size + name + extra + info.compress_size
+        if position != self._zip.start_dir:
+            raise self.refused("there are bytes behind its files that its list of files does not have")
 
     def _name(self, what: str, value: Any) -> str:
         if not isinstance(value, str) or not NAME.fullmatch(value):
@@ -151,6 +189,12 @@ class Archive:
             outside = ".." in PurePosixPath(info.filename).parts or info.filename.startswith("/")
             if outside or set(info.orig_filename) & set("\\\0") or (info.external_attr >> 16) & 0o170000 == _LINK:
                 raise self.refused(f"it has the file {info.orig_filename!r:.100}, which is no name inside a folder")
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """`Archive.digest` from what `Archive.digests` gives."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(digests.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def name_and_version(archive: str | Path) -> tuple[str, str]:

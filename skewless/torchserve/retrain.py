@@ -21,6 +21,8 @@ from skewless.errors import ServerError, UsageError
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import VERSION, build_archive
 from skewless.packaging.reservation import RESERVED, Reservation, version_file
+from skewless.packaging.signing import SigningKey
+from skewless.torchserve import versions
 from skewless.torchserve.server import Server
 from skewless.torchserve.smoke import smoke_test
 from skewless.torchserve.store import UNPROVED, archives
@@ -82,12 +84,13 @@ def _is_alive(status: Status) -> bool:
 
 
 def next_version(server: Server, name: str) -> str:
-    """The first whole number above every version that is registered or lies in the store, as "N.0"."""
+    """The first whole number above every version that lies in the store, or that the server has or has had, as "N.0"."""
     return f"{_next_number(server, name)}.0"
 
 
 def _next_number(server: Server, name: str) -> int:
     known = [m["version"] for m in server.models() if m["name"] == name]
+    known += versions.Record.read(server.state_dir).versions(name)
     known += [p.stem.removeprefix(f"{name}-") for p in archives(server.model_store) if p.stem.startswith(f"{name}-")]
     numbers = [int(found[0]) for version in known if (found := re.match(r"\d+", version))]
     return max(numbers, default=0) + 1
@@ -98,7 +101,8 @@ def check_version(server: Server, name: str, version: str) -> None:
     if not VERSION.fullmatch(version):
         raise UsageError(f"version is {version!r}, expected digits and letters joined by dots, such as 2.0")
     taken = (server.model_store / f"{name}-{version}.mar").exists()
-    if taken or any((m["name"], m["version"]) == (name, version) for m in server.models()):
+    had = version in versions.Record.read(server.state_dir).versions(name)
+    if taken or had or any((m["name"], m["version"]) == (name, version) for m in server.models()):
         raise UsageError(f"{name} {version} exists already; choose another --version")
 
 
@@ -145,7 +149,7 @@ def _remove(server: Server, archive: Path) -> None:
     try:
         for row in server.models():
             if row["archive"] == archive.name:
-                server.unregister(row["name"], row["version"])
+                versions.withdraw(server, row["name"], row["version"])
     finally:
         archive.unlink(missing_ok=True)
 
@@ -221,12 +225,13 @@ def retrain(
     server: Server,
     cache_dir: Path,
     references: Literal["evaluation", "synthetic"] = "evaluation",
+    key: SigningKey | None = None,
 ) -> dict[str, Any]:
     """Train on `rows`, evaluate, build, register without making it the default, and prove what is served; returns the result.
 
     The archive lies hidden in the model store until it is proved: a restart serves nothing that was not, wherever this ends.
     Whoever calls has reserved the version and the folder, by `reserve_version` and `reserve_folder`.
-    references: the recordings that travel in the archive, and that the smoke test sends.
+    references: the recordings that travel in the archive, and that the smoke test sends. key: to sign the archive with.
     `out` receives the run and status.json, which ends as "succeeded" or, with the reason, "failed"; what is raised then
     passes through.
     """
@@ -249,12 +254,14 @@ def retrain(
         metrics = evaluate(definition, checkpoint, best, rows, "test", out / "evaluation", device)
         status.write(out, progress=80, step="building")
         folder = out / "archive"
-        built = build_archive(archive, best, out / "evaluation", version, folder, references=references, force=True)
+        built = build_archive(
+            archive, best, out / "evaluation", version, folder, references=references, force=True, key=key
+        )
         published = server.model_store / built.path.name
         try:
             shutil.move(built.path, unproved)
             status.write(out, progress=88, step="registering")
-            server.register(unproved, default=False)
+            versions.register(server, unproved)
             status.write(out, progress=92, step="proving what is served")
             table = smoke_test(server, name, version)
             failed = [row.path for row in table if not row.passed]
@@ -264,12 +271,12 @@ def retrain(
                 )
             # TorchServe knows an archive by its file's name, so it registers the proved one anew.
             status.write(out, progress=97, step="publishing")
-            server.unregister(name, version)
+            versions.withdraw(server, name, version)
             if published.exists():
                 raise ServerError(f"{published} was put there meanwhile, by something else than `skewless`")
             unproved.replace(published)
             try:
-                model = server.register(published, default=False)
+                model = versions.register(server, published)
             except BaseException:
                 published.unlink()
                 raise

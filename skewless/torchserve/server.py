@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import requests
@@ -32,6 +33,11 @@ from skewless.core.files import atomic
 from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
 from skewless.torchserve.archive import name_and_version
+from skewless.torchserve.audit import AUDIT
+from skewless.torchserve.versions import RECORD
+
+if TYPE_CHECKING:
+    from skewless.packaging.signing import TrustedKeys
 
 CONFIG = resources.CONFIG
 
@@ -44,9 +50,14 @@ SOCKET = ".ts.sock."  # what the names of the workers' sockets start with, in th
 # A state directory has this file; without it nothing in a folder is ours to change or remove.
 MARKER = ".skewless-server"
 _MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
+# How far a server in the foreground is, and the answers that a health check has found right.
+PHASE, HEALTH = "phase", "health.json"
 # What a server writes into its state directory.
 _STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
-_WRITTEN = {_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, JOURNAL, "logs", "lock", MARKER}
+_WRITTEN = {
+    *(_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, PHASE, HEALTH, "logs", "lock", MARKER),
+    *(AUDIT, RECORD, JOURNAL, "gateway", "rollouts"),
+}
 
 # For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.
 WITHDRAW_S = 10.0
@@ -59,7 +70,8 @@ _CHILDREN: dict[int, subprocess.Popen] = {}
 
 @dataclass(frozen=True)
 class Server:
-    """One running TorchServe. The URLs have no trailing slash; `grpc_address` is "host:port"."""
+    """One running TorchServe. The URLs have no trailing slash; `grpc_address` is "host:port". trusted_keys: a file or folder of
+    public keys with which archives have to be signed; None where any archive may be registered."""
 
     state_dir: Path
     model_store: Path
@@ -68,6 +80,7 @@ class Server:
     management_url: str
     metrics_url: str
     grpc_address: str
+    trusted_keys: Path | None = None
 
     @classmethod
     def start(
@@ -78,11 +91,14 @@ class Server:
         ports: launch.Ports = None,
         environment: Mapping[str, str] | None = None,
         timeout: float = 60.0,
+        trusted_keys: str | Path | None = None,
     ) -> Server:
         """Start a server for the archives in `model_store`; return once it answers, with no model registered.
 
         `ports`: None for those in `config`, "free" for five free ones, or a mapping from names in launch.LISTENERS.
         `environment`: variables added for the server and its workers, such as OMP_NUM_THREADS.
+        `trusted_keys`: None for those in the environment variable SKEWLESS_TRUSTED_KEYS, if any. Where there are some, archives
+        without their signature are neither registered nor loaded. They are read whenever something is verified.
         Raises UsageError for what the caller can mend, ServerError with the server's last words otherwise.
         """
         state_dir, model_store, config = Path(state_dir).resolve(), Path(model_store).resolve(), Path(config)
@@ -96,7 +112,16 @@ class Server:
         temporary, logs, derived = state_dir / _TEMPORARY, state_dir / "logs", state_dir / _DERIVED
         if len(os.fsencode(temporary / f"{SOCKET}99999")) > LONGEST_SOCKET_PATH:
             raise UsageError(f"{state_dir}: too long a path for the workers' sockets; choose a shorter one")
-        command = launch.command(model_store, derived, temporary, properties.get("vmargs", ""))
+        keys = _checked_keys(trusted_keys or os.environ.get(launch.TRUSTED_KEYS))
+        command = launch.command(
+            model_store, derived, temporary, properties.get("vmargs", ""), verifying=keys is not None
+        )
+        extra = {
+            telemetry.JOURNAL: str(state_dir / JOURNAL),
+            **(environment or {}),
+            load_error.FOLDER: str(state_dir / LOAD_ERRORS),
+        }
+        extra |= {launch.TRUSTED_KEYS: str(keys), launch.PYTHON: sys.executable} if keys else {}
 
         _claim(state_dir)
         with _told_if_unwritable(state_dir), _lock(state_dir):
@@ -115,14 +140,7 @@ class Server:
                 child = subprocess.Popen(
                     command,
                     cwd=state_dir,  # where TorchServe writes key_file.json and logs
-                    env=launch.environment(
-                        temporary,
-                        {
-                            telemetry.JOURNAL: str(state_dir / JOURNAL),
-                            **(environment or {}),
-                            load_error.FOLDER: str(state_dir / LOAD_ERRORS),
-                        },
-                    ),
+                    env=launch.environment(temporary, extra),
                     stdin=subprocess.DEVNULL,
                     stdout=console,
                     stderr=subprocess.STDOUT,
@@ -139,6 +157,7 @@ class Server:
                 management_url=launch.client_host(properties["management_address"]),
                 metrics_url=launch.client_host(properties["metrics_address"]),
                 grpc_address=launch.client_host(f"{grpc_host}:{properties['grpc_inference_port']}"),
+                trusted_keys=keys,
             )
             try:
                 server._write()
@@ -196,6 +215,10 @@ class Server:
             # Unless another server has been started here in the meantime.
             if (found := self._read(self.state_dir)) is None or found.pid == self.pid:
                 _remove_leavings(self.state_dir)
+
+    def workers(self) -> list[psutil.Process]:
+        """The workers' processes, with all that they started."""
+        return _workers(self.state_dir)
 
     def token(self, kind: TokenKind) -> str:
         """The token for one API, renewed when it expires within RENEW_BEFORE_S. Keep it out of
@@ -271,7 +294,8 @@ class Server:
         `workers`: None for the archive's own setting. `default`: make this the version that unversioned requests
         get (a model's first version is in any case). A failure leaves the versions already serving as they are.
         `timeout`: in seconds, for TorchServe's answer. A registration that takes longer, or is interrupted, is taken back.
-        Raises UsageError for a wrong archive or a version that is registered already; LoadError, with the handler's
+        Raises UsageError for a wrong archive, one without a trusted signature where that is needed, or a version that is
+        registered already; LoadError, with the handler's
         own message, when a worker could not load it, which is then unregistered again; ServerError when TorchServe did not
         answer.
         """
@@ -281,6 +305,10 @@ class Server:
             raise UsageError(f"{archive} is not in the model store; put it into {self.model_store}")
         if workers is not None and workers < 1:
             raise UsageError(f"workers is {workers}; expected 1 or more")
+        if keys := self.required_keys():
+            from skewless.packaging.signing import verify_archive
+
+            verify_archive(archive, keys)
         path = f"/models/{name}/{version}"
         # Asked beforehand: a registration that TorchServe refuses leaves its unpacked archive behind.
         if self.manage("GET", path, expect=(200, 404)).status_code == 200:
@@ -309,6 +337,37 @@ class Server:
             # Interrupted: TorchServe goes on with what it was asked for.
             self._withdraw(path)
             raise
+
+    def scale(self, name: str, version: str, workers: int, timeout: float = 600.0) -> dict:
+        """Give a version so many workers; return its row of `models()` once all of them are ready.
+
+        One that fails leaves the version with as many as it had. Raises UsageError for less than one worker, LoadError, with
+        the handler's own message, when a worker could not load the archive, ServerError for a version that is unknown, and
+        when the workers are not ready within `timeout` seconds.
+        """
+        if workers < 1:
+            raise UsageError(f"workers is {workers}; expected 1 or more")
+        path = f"/models/{name}/{version}"
+        (before,) = self.manage("GET", path).json()
+        reason_file = load_error.path(self.state_dir / LOAD_ERRORS, name, version)
+        reason_file.unlink(missing_ok=True)
+        try:
+            self._scale(path, workers, workers)
+            self._wait_until_loaded(path, reason_file, time.monotonic() + timeout, workers)
+        except BaseException:
+            self._scale(path, before["minWorkers"], before["maxWorkers"])
+            raise
+        return self._row(name, version)
+
+    def required_keys(self) -> TrustedKeys | None:
+        """The keys of which one has to have signed an archive: the server's, or else those of this process's environment, or
+        none. Raises UsageError where they cannot be read."""
+        source = self.trusted_keys or os.environ.get(launch.TRUSTED_KEYS)
+        if not source:
+            return None
+        from skewless.packaging.signing import TrustedKeys
+
+        return TrustedKeys.read(source)
 
     def set_default(self, name: str, version: str) -> None:
         """Make `version` the one that requests without a version get. Raises ServerError when it is unknown."""
@@ -346,9 +405,13 @@ class Server:
         self._wait_until_loaded(path, reason_file, deadline)
         if workers is not None:
             # The archive's minWorkers wins over a registration's initial_workers, so scale afterwards.
-            scale: dict[str, str | int] = {"min_worker": workers, "max_worker": workers, "synchronous": "false"}
-            self.manage("PUT", path, scale, expect=(200, 202))
+            self._scale(path, workers, workers)
             self._wait_until_loaded(path, reason_file, deadline, workers)
+
+    def _scale(self, path: str, least: int, most: int) -> None:
+        """Ask for other numbers of workers, and do not wait for them."""
+        bounds: dict[str, str | int] = {"min_worker": least, "max_worker": most, "synchronous": "false"}
+        self.manage("PUT", path, bounds, expect=(200, 202))
 
     def _why_not_unpacked(self, archive: Path) -> str:
         """What TorchServe leaves out when it says that it failed to save a model."""
@@ -440,8 +503,9 @@ class Server:
         if not file.exists():
             return None
         try:
-            state = json.loads(file.read_text()) | {"state_dir": state_dir}
+            state = {"trusted_keys": None} | json.loads(file.read_text()) | {"state_dir": state_dir}
             state["model_store"] = Path(state["model_store"])
+            state["trusted_keys"] = state["trusted_keys"] and Path(state["trusted_keys"])
             return cls(**{field.name: state[field.name] for field in fields(cls)})
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
@@ -450,9 +514,19 @@ class Server:
 
     def _write(self) -> None:
         state = asdict(self) | {"model_store": str(self.model_store)}
+        state["trusted_keys"] = self.trusted_keys and str(self.trusted_keys)
         del state["state_dir"]
         with atomic(self.state_dir / _STATE) as unfinished:
             unfinished.write_text(json.dumps(state, indent=2) + "\n")
+
+
+def _checked_keys(source: str | Path | None) -> Path | None:
+    """The absolute path of trusted keys that can be read; None where there are to be none. Raises UsageError."""
+    if not source:
+        return None
+    from skewless.packaging.signing import TrustedKeys
+
+    return TrustedKeys.read(Path(source).resolve()).source
 
 
 def session() -> requests.Session:
@@ -535,7 +609,7 @@ def _told_if_unwritable(state_dir: Path) -> Iterator[None]:
 
 def _remove_leavings(state_dir: Path) -> None:
     """What an ended server leaves and the next must not find; TorchServe never removes unpacked archives."""
-    for name in (_STATE, _KEYS, _DERIVED):
+    for name in (_STATE, _KEYS, _DERIVED, PHASE, HEALTH):
         (state_dir / name).unlink(missing_ok=True)
     if (state_dir / _TEMPORARY).exists():
         shutil.rmtree(state_dir / _TEMPORARY)

@@ -76,6 +76,36 @@ class References:
             except (DefinitionError, LookupError, TypeError, ValueError, OverflowError, OSError) as error:
                 raise archive.refused(f"its definition, references or metrics: {error}") from error
 
+    def compare(self, entry: dict[str, Any], version: str, body: dict[str, Any]) -> Comparison:
+        """One of `entries` with the body that a server's `version` answered to it."""
+        scores, chosen = self.postprocessor.read(body)
+        difference, tier, problems = apart(scores, entry["scores"]), body["tier"], []
+        allowed = self.tiers.get(tier)
+        if allowed is None:
+            problems.append(f"{entry['file']}: answered in tier {tier!r}, the archive has {', '.join(self.tiers)}")
+        elif not difference <= allowed:
+            problems.append(f"{entry['file']}: |dp| {difference:.1e} in tier '{tier}', allowed {allowed:g}")
+        flipped = chosen != self.postprocessor.choose(tuple(entry["scores"]), body["threshold_used"])
+        if flipped and not _is_close_call(entry["scores"], body["threshold_used"], self.tolerance):
+            problems.append(
+                f"{entry['file']}: decided for {self.postprocessor.classes[chosen]}, evaluated {entry['scores']}"
+            )
+        served = (body["model_version"], body["pipeline_fingerprint"])
+        if served != (version, self.fingerprint):
+            problems.append(f"{entry['file']}: answered by version {served[0]}, pipeline {served[1][:12]}")
+        return Comparison(difference, allowed, flipped, tuple(problems))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An answer beside its reference. difference: the largest of the scores'. allowed: its tier's tolerance, None for a tier that the
+    archive does not have. flipped: whether another class was chosen."""
+
+    difference: float
+    allowed: float | None
+    flipped: bool
+    problems: tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -137,46 +167,24 @@ def _paths(
 def _measure(path: str, send: Callable[..., Answer], references: References, version: str, workers: int) -> Row:
     with ThreadPoolExecutor(workers) as pool:
         answers = list(pool.map(send, references.payloads))
-    differences, flips, problems, unanswered, allowed = [], 0, [], 0, []
-    postprocessor = references.postprocessor
+    compared, problems, unanswered = [], [], 0
     for entry, answer in zip(references.entries, answers, strict=True):
         if answer.status != 200:
             problems.append(f"{entry['file']}: {answer.status} {answer.body.get('message')}")
             unanswered += 1
             continue
-        body = answer.body
-        scores, chosen = postprocessor.read(body)
-        differences.append(apart(scores, entry["scores"]))
-        tier = body["tier"]
-        if tier not in references.tiers:
-            problems.append(
-                f"{entry['file']}: answered in tier {tier!r}, the archive has {', '.join(references.tiers)}"
-            )
-        else:
-            allowed.append(references.tiers[tier])
-            if not differences[-1] <= allowed[-1]:
-                problems.append(
-                    f"{entry['file']}: |dp| {differences[-1]:.1e} in tier '{tier}', allowed {allowed[-1]:g}"
-                )
-        if chosen != postprocessor.choose(tuple(entry["scores"]), body["threshold_used"]):
-            flips += 1
-            if not _is_close_call(entry["scores"], body["threshold_used"], references.tolerance):
-                problems.append(
-                    f"{entry['file']}: decided for {postprocessor.classes[chosen]}, evaluated {entry['scores']}"
-                )
-        served = (body["model_version"], body["pipeline_fingerprint"])
-        if served != (version, references.fingerprint):
-            problems.append(f"{entry['file']}: answered by version {served[0]}, pipeline {served[1][:12]}")
+        compared.append(references.compare(entry, version, answer.body))
+        problems += compared[-1].problems
     milliseconds = [1000 * answer.seconds for answer in answers]
     return Row(
         path,
         len(answers),
-        float("nan") if unanswered else max(differences),
-        flips,
+        float("nan") if unanswered else max(each.difference for each in compared),
+        sum(each.flipped for each in compared),
         float(np.percentile(milliseconds, 50)),
         float(np.percentile(milliseconds, 95)),
         tuple(problems),
-        max(allowed, default=references.tolerance),
+        max((each.allowed for each in compared if each.allowed is not None), default=references.tolerance),
     )
 
 

@@ -26,7 +26,7 @@ def record(definition: Definition, runtime: Runtime) -> None:
     folder = definition.folder / REFERENCES
     recordings = (p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".json", ".safetensors"))
     files = sorted(p.relative_to(folder).as_posix() for p in recordings)
-    last = list(definition.prepared.stages)[-1]
+    last = definition.prepared.last_stage
     kinds: dict[str, dict[str, Any]] = {}
     values: dict[str, torch.Tensor] = {}
     for file in files:

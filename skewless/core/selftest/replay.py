@@ -91,7 +91,7 @@ class _Replay:
         serving computes together compared with the same ones by themselves."""
         values = {stage: self.values[f"{file}/{stage}"] for stage in kinds}
         payload, prepared = (self.folder / file).read_bytes(), self.definition.prepared
-        last = list(prepared.stages)[-1]
+        last = prepared.last_stage
         try:
             plain = dict(compare_stages(self.definition.pipeline, payload, kinds, values))[last]
         except StageDiffersError as found:
@@ -102,7 +102,7 @@ class _Replay:
 
     def check_fast(self, file: str, plain: torch.Tensor, fast: torch.Tensor) -> None:
         """Raise SelfTestError unless the steps that serving runs give the bits of the plain stages."""
-        last = list(self.definition.prepared.stages)[-1]
+        last = self.definition.prepared.last_stage
         if kind(fast) != kind(plain):
             raise self.error(last, file, f"computed together with others it gives {kind(fast)}, not {kind(plain)}")
         if not torch.equal(fast, plain):
