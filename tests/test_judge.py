@@ -142,8 +142,21 @@ def test_the_simulation_prints_its_tables_and_draws(tmp_path: Path, capsys: pyte
 def test_the_stability_index_by_hand():
     counts = np.array([10, 30, 60]), np.array([20, 30, 50])
     p, q = ((each + 0.5) / (each.sum() + 1.5) for each in counts)
-    assert psi(*counts) == pytest.approx(sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    by_hand = sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert psi(*counts) == pytest.approx(by_hand)
     assert psi(counts[0], counts[0]) == 0
+    # Bins with few of what is compared with are joined with the next, and at the end with those before.
+    split = np.array([4, 6, 0, 30, 55, 5]), np.array([3, 17, 0, 30, 44, 6])
+    assert psi(*split) == pytest.approx(by_hand)
+
+
+def test_too_few_values_have_no_stability_index():
+    few = np.array([3, 2, 4, 0, 1, 5])
+    assert psi(np.full(6, 100), few) is None and psi(np.zeros(6, int), np.full(6, 100)) is None
+    rng = np.random.default_rng(6)
+    found = [between_samples("", list(rng.random(40)), list(rng.random(40))) for _ in range(50)]
+    assert np.mean([each.psi for each in found if each]) < 0.25
+    assert between_samples("", list(rng.random(40)), list(rng.random(8))) is None
 
 
 def test_drift_tells_a_moved_distribution_from_the_same_one():

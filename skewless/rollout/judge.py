@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -153,12 +153,32 @@ class Verdict:
 def assess(state_dir: str | Path, rollout: _Rollout, now: float | None = None) -> Verdict:
     """Judge a rollout by the logs of its server's state directory and by its policy file, or the defaults where it names none.
 
+    Where a candidate is aborted in the shadow, the reasons say why the files that moved most did, of those that were kept.
+
     now: in seconds since 1970; None for the present. Raises UsageError for a wrong policy file.
     """
     policy = Policy.read(rollout.policy) if rollout.policy else Policy()
-    started = _seconds(rollout.started)
-    evidence = Evidence.gather(state_dir, rollout.model, rollout.baseline, rollout.candidate, started)
-    return judge(evidence, policy, Progress.of(rollout, now))
+    evidence = evidence_of(state_dir, rollout)
+    verdict = judge(evidence, policy, Progress.of(rollout, now))
+    if verdict.action == "abort" and rollout.percent == 0:
+        return replace(verdict, reasons=[*verdict.reasons, *_explained(evidence)])
+    return verdict
+
+
+def evidence_of(state_dir: str | Path, rollout: _Rollout) -> Evidence:
+    """What is known of a rollout's versions since it began."""
+    since = _seconds(rollout.started)
+    return Evidence.gather(state_dir, rollout.model, rollout.baseline, rollout.candidate, since)
+
+
+def _explained(evidence: Evidence) -> list[str]:
+    from skewless.rollout.shadow import explain
+
+    try:
+        return [str(each) for each in explain(evidence, count=3)]
+    except Exception as error:
+        # It runs both archives' code: whatever that does, the candidate has to be aborted.
+        return [f"why the answers differ could not be found: {error or type(error).__name__}"]
 
 
 def judge(evidence: Evidence, policy: Policy, progress: Progress) -> Verdict:
