@@ -31,6 +31,7 @@ from skewless.rollout.sequential import BETS, block_ends, differences, log_capit
 from skewless.rollout.shadow import NETWORK, explain
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
+from tests.conftest import call_skewless
 from tests.tiny_model import TinyModel, recording, tiny_model  # noqa: F401
 
 # --- intervals
@@ -864,3 +865,45 @@ def test_the_worst_files_name_the_first_stage_that_differs(tiny_model: TinyModel
     for path in kept.iterdir():
         path.unlink()
     assert explain(evidence) == []
+
+
+# --- on the command line
+
+
+def test_labels_and_explanations_have_commands(logs: Logs):
+    logs.traffic(60, shadow=True)
+    history = [{"time": iso(START), "action": "start", "percent": 0.0, "why": "asked for"}]
+    state = {"model": "cough", "baseline": "1.0", "candidate": "2.0", "percent": 0.0, "shadow": True, "phase": "shadow"}
+    state |= {"step": 0, "started": iso(START), "policy": None, "history": history, "pending": None}
+    (logs.folder / "rollouts").mkdir()
+    (logs.folder / "rollouts" / "cough.json").write_text(json.dumps(state))
+    path = write_labels(logs.folder, "request_id,label\nr1,yes\nr3,no\nx,no")
+    done = call_skewless("rollout", "label", "cough", path, "--state-dir", logs.folder)
+    assert done.returncode == 0 and "baseline (1.0): 2 labelled files" in done.stdout, done.stderr
+    assert "1 labels are of no file that an arm answered: x" in done.stdout
+    done = call_skewless("rollout", "explain", "cough", "--state-dir", logs.folder)
+    assert (done.returncode, done.stdout.strip()) == (0, "no file that was kept got another probability")
+    for command in (("label", "orca", path), ("explain", "orca"), ("label", "cough", logs.folder / "none.csv")):
+        done = call_skewless("rollout", *command, "--state-dir", logs.folder)
+        assert done.returncode == 2 and (
+            "orca has had no rollout" in done.stderr or "none.csv cannot be read" in done.stderr
+        )
+
+
+def test_an_abort_in_the_shadow_says_what_could_be_found_out(
+    logs: Logs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    logs.traffic(600, shadow=True, flips=0.4)
+    rollout = Rollout("cough", "1.0", "2.0", 0.0, 0, iso(START), None, (Entry(iso(START), 0.0),))
+    assert len(assess(logs.folder, rollout, START + 900).reasons) == 1, "nothing was kept"
+    monkeypatch.setattr("skewless.rollout.shadow.explain", lambda evidence, count: ["the first", "the second"])
+    verdict = assess(logs.folder, rollout, START + 900)
+    assert verdict.action == "abort" and verdict.reasons[1:] == ["the first", "the second"]
+
+    def fails(evidence: Evidence, count: int) -> None:
+        raise RuntimeError("the archive's code is broken")
+
+    monkeypatch.setattr("skewless.rollout.shadow.explain", fails)
+    verdict = assess(logs.folder, rollout, START + 900)
+    assert verdict.action == "abort"
+    assert verdict.reasons[1:] == ["why the answers differ could not be found: the archive's code is broken"]

@@ -148,7 +148,8 @@ class Evidence:
         over gRPC, where TorchServe answers OK to all that reaches a worker."""
         faults = [each for each in self.answered[arm] if each.status >= 500]
         named = {each.id for each in faults if each.id}
-        found = [replace(each, failed=each.failed or each.id in named) for each in self.sent if each.arm == arm]
+        ours = (each for each in self.sent if each.arm == arm)
+        found = [replace(each, failed=True) if each.id in named else each for each in ours]
         # A fault without an id is that of the request that was logged next.
         unnamed = deque(each.time for each in faults if not each.id)
         for place, each in enumerate(found):
