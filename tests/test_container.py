@@ -348,7 +348,7 @@ AS_USER = [
     "--bounding-set=-all",
     "--inh-caps=-all",
 ]
-NAMESPACES = ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child"]
+NAMESPACES = ["unshare", "--mount", "--pid", "--net", "--fork"]
 
 
 def can_unshare() -> bool:
@@ -427,6 +427,9 @@ def container(app: tuple[Path, list[str]]) -> Iterator[Container]:
         ]
         yield Container(engine, first, inside)
     finally:
+        # unshare's --kill-child does not outlive the change of the user. With its first process, all of a namespace end.
+        for process in psutil.Process(engine.pid).children() if engine.poll() is None else []:
+            process.kill()
         engine.kill()
         engine.wait()
 
