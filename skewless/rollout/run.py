@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 from skewless.errors import ServerError, UsageError
 from skewless.rollout import state
 from skewless.rollout.gateway import follow
+from skewless.rollout.judge import as_text, assess
+from skewless.rollout.kubernetes import write_patches
+from skewless.rollout.policy import SHADOW, Policy
 from skewless.rollout.state import FOLDER, Rollout, current, exclusive
 from skewless.torchserve.server import Server
-
-SHADOW = "shadow"
-_DEFAULT_STEPS: tuple[str | float, ...] = (SHADOW, 5.0, 25.0, 50.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,7 @@ class Judged:
 
 def steps(policy: Path | None) -> list[tuple[float, bool]]:
     """The steps of a policy's file, or of the default one: percent, and whether it is the shadow. Raises UsageError."""
-    if importlib.util.find_spec("skewless.rollout.policy"):
-        module = importlib.import_module("skewless.rollout.policy")
-        named = (module.Policy.read(policy) if policy else module.Policy()).steps
-    elif policy:
-        raise UsageError(f"{policy} cannot be read: this installation has no skewless.rollout.policy")
-    else:
-        named = _DEFAULT_STEPS
+    named = (Policy.read(policy) if policy else Policy()).steps
     return [(0.0, True) if step == SHADOW else (state.checked_percent(float(step)), False) for step in named]
 
 
@@ -48,11 +41,16 @@ def first_step(policy: Path | None) -> tuple[float, bool]:
     return steps(policy)[0]
 
 
-def verdict(state_dir: Path, rollout: Rollout) -> Judged | None:
-    """What the policy says of a rollout that runs; None where nothing judges."""
-    if not importlib.util.find_spec("skewless.rollout.judge"):
-        return None
-    return _judged(state_dir, rollout)
+def verdict(state_dir: Path, rollout: Rollout) -> Judged:
+    """What the policy says of a rollout that runs."""
+    found = assess(state_dir, rollout)
+    return Judged(found.action, list(found.reasons), as_text(found), found)
+
+
+def kubernetes_patches(model: str, baseline: str, candidate: str, policy: Path | None, out_dir: Path) -> list[Path]:
+    """The policy's steps as patches for a cluster's routes; returns the files in their order. Raises UsageError."""
+    percents = [percent for percent, _ in steps(policy) if percent]
+    return write_patches(model, baseline, candidate, percents, out_dir)
 
 
 def step(state_dir: Path, model: str, percent: float | None, why: str, shadow: bool = False) -> Rollout:
@@ -77,19 +75,23 @@ def step(state_dir: Path, model: str, percent: float | None, why: str, shadow: b
 
 def promote(state_dir: Path, model: str, why: str) -> Rollout:
     """As `state.promote`, and the gateway follows."""
-    return _end(state_dir, model, why, state.promote)
+    current(state_dir, model)
+    server = Server.attach(state_dir)
+    with _followed(state_dir):
+        return state.promote(server, model, why)
 
 
 def abort(state_dir: Path, model: str, why: str) -> Rollout:
     """As `state.abort`, and the gateway follows."""
-    return _end(state_dir, model, why, state.abort)
+    with _followed(state_dir):
+        return state.abort(state_dir, lambda: Server.attach(state_dir), model, why)
 
 
 def unattended(
     state_dir: Path,
     model: str,
     every_s: float,
-    judged: Callable[[Path, Rollout], Judged | None] = verdict,
+    judged: Callable[[Path, Rollout], Judged] = verdict,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Rollout:
     """Do what the policy says, with a look every `every_s` seconds, until the rollout is promoted or aborted.
@@ -103,8 +105,6 @@ def unattended(
     rollout = current(state_dir, model)
     # What is wrong from the start is told at once; later on it may pass.
     steps(Path(rollout.policy) if rollout.policy else None)
-    if judged is verdict and not importlib.util.find_spec("skewless.rollout.judge"):
-        raise UsageError("this installation has nothing that judges a rollout; step, promote or abort it yourself")
     said = ""
     with exclusive(state_dir / FOLDER / f"{model}.run.lock", busy):
         while rollout.running:
@@ -122,7 +122,7 @@ def unattended(
     return rollout
 
 
-def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Judged | None]) -> tuple[bool, str]:
+def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Judged]) -> tuple[bool, str]:
     """One look. Returns whether something was done, and what in words."""
     model = rollout.model
     # The gateway may have missed the last step, if whoever made it was killed.
@@ -134,8 +134,6 @@ def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Ju
         abort(state_dir, model, "completed after an interruption")
         return True, "aborted: completed after an interruption"
     found = judge(state_dir, rollout)
-    if found is None:
-        return False, "nothing judges it"
     why = "; ".join(found.reasons)
     if found.action == "abort":
         abort(state_dir, model, why)
@@ -153,17 +151,10 @@ def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Ju
     return False, f"holds at {rollout.percent:g} %: {why}"
 
 
-def _end(state_dir: Path, model: str, why: str, action: Callable[[Server, str, str], Rollout]) -> Rollout:
-    current(state_dir, model)
-    server = Server.attach(state_dir)
+@contextlib.contextmanager
+def _followed(state_dir: Path) -> Iterator[None]:
     try:
-        return action(server, model, why)
+        yield
     finally:
-        # In either case: a promotion that is interrupted already sends everybody to the candidate.
+        # In either case: an ending that is interrupted has already decided who goes where.
         follow(state_dir)
-
-
-def _judged(state_dir: Path, rollout: Rollout) -> Judged:
-    judge = importlib.import_module("skewless.rollout.judge")
-    found = judge.assess(state_dir, rollout)
-    return Judged(found.action, list(found.reasons), judge.as_text(found), found)

@@ -1,0 +1,110 @@
+"""The archives that a rollout is tried with: one that serves, a new version as good as it, and four that are worse.
+
+All have the same trained weights, so what differs is what was changed here, and nothing else. Two of them have another
+pipeline: somebody imported the weights behind the wrong preprocessing, and evaluation, which has the same one, did not notice.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.rollout.commands import skewless
+from skewless import resources
+from skewless.core.definition import MODEL, PIPELINE
+
+NAME = "cough"
+BASELINE = "1.0"
+
+Content = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A version to roll out. change: what its model.yaml has otherwise. pipeline: what its pipeline.yaml has otherwise, if anything.
+    expected: how its rollout has to end. because: a word that the reasons for it have to contain."""
+
+    version: str
+    title: str
+    expected: str
+    because: str = ""
+    model: Callable[[Content], None] | None = None
+    pipeline: Callable[[list[Content]], None] | None = None
+
+
+def _on_onnx_runtime(model: Content) -> None:
+    model["runtime"] = {"onnxruntime": {"micro_batch": 4}}
+
+
+def _no_time(model: Content) -> None:
+    # What waits for the network after a tenth of a second is answered with 503. One recording alone never is.
+    model["limits"]["max_batch_s"] = 0.1
+
+
+def _on_one_thread(model: Content) -> None:
+    model["runtime"] = {"eager": {}}
+    model["precision"]["threads"] = 1
+
+
+def _level_by_bit_depth(stages: list[Content]) -> None:
+    # What services that decode by pydub do: 16 bits are divided by 32,768, and no peak is looked for.
+    at = next(number for number, stage in enumerate(stages) if "peak_normalize" in stage)
+    del stages[at]
+
+
+def _fewer_windows(stages: list[Content]) -> None:
+    next(stage["segment"] for stage in stages if "segment" in stage)["hop_s"] = 2.0
+
+
+CANDIDATES = (
+    Candidate("2.0", "as good, on ONNX Runtime", "promoted", model=_on_onnx_runtime),
+    Candidate("2.1", "more errors: a tenth of a second for a batch", "aborted", "failed requests", model=_no_time),
+    Candidate("2.2", "slower: one thread, not optimised", "aborted", "slow requests", model=_on_one_thread),
+    Candidate("2.3", "skewed: no peak normalisation", "aborted", "peak_normalize", pipeline=_level_by_bit_depth),
+    Candidate("2.4", "faster: a window every 2 s", "aborted", "answered otherwise", pipeline=_fewer_windows),
+)
+
+
+def build(demo: Path, wanted: Sequence[Candidate], store: Path, scratch: Path, key: Path) -> None:
+    """Write the baseline and the candidates into `store`, signed by `key`.
+
+    demo: a folder with the corpus, the training run and the evaluation of archive/cough, as the quickstart leaves them.
+    """
+    checkpoint, evaluation = demo / "train" / "best.pth", demo / "evaluation"
+    _build(resources.ARCHIVES / NAME, checkpoint, evaluation, BASELINE, store, key)
+    weights = scratch / "weights.pth"
+    torch.save(torch.load(checkpoint, weights_only=True)["model_state_dict"], weights)
+    for candidate in wanted:
+        folder = scratch / candidate.version / NAME
+        _write_definition(candidate, folder)
+        own, measured = checkpoint, evaluation
+        if candidate.pipeline:
+            own, measured = folder.parent / "best.pth", folder.parent / "evaluation"
+            manifest: list[str | Path] = ["--manifest", demo / "corpus" / "manifest.csv"]
+            skewless("import", folder, weights, "--pipeline", folder / PIPELINE, "--out", own)
+            skewless("evaluate", folder, "--checkpoint", own, *manifest, "--out", measured)
+        _build(folder, own, measured, candidate.version, store, key)
+
+
+def _write_definition(candidate: Candidate, folder: Path) -> None:
+    """archive/cough with the candidate's changes. Its folder's name is the model's."""
+    shutil.copytree(resources.ARCHIVES / NAME, folder, ignore=shutil.ignore_patterns("variants", "__pycache__"))
+    if candidate.model:
+        model = yaml.safe_load((folder / MODEL).read_text(encoding="utf-8"))
+        candidate.model(model)
+        (folder / MODEL).write_text(yaml.safe_dump(model, sort_keys=False), encoding="utf-8")
+    if candidate.pipeline:
+        pipeline = yaml.safe_load((folder / PIPELINE).read_text(encoding="utf-8"))
+        candidate.pipeline(pipeline["stages"])
+        (folder / PIPELINE).write_text(yaml.safe_dump(pipeline, sort_keys=False), encoding="utf-8")
+
+
+def _build(folder: Path, checkpoint: Path, evaluation: Path, version: str, store: Path, key: Path) -> None:
+    given: list[str | Path] = ["--checkpoint", checkpoint, "--evaluation", evaluation, "--version", version]
+    skewless("build", folder, *given, "--sign", key, "--out", store)
