@@ -604,6 +604,9 @@ def test_slow_is_what_the_baselines_first_requests_say(logs: Logs):
     logs.traffic(1200, slow, slow, start=end, seed=2)
     verdict = judge(gathered(logs), replace(LOOSE, min_requests=400), progress())
     (found,) = (each for each in verdict.comparisons if each.name == "slow requests")
+    # The first ones of the baseline say what slow is, and what came meanwhile is left out with them.
+    seen = gathered(logs).requests("baseline")
+    assert found.baseline.n == len(seen) - LATENCY_BASIS
     assert found.candidate.s > 400 and found.baseline.s > 400 and found.state != "beyond"
 
 
