@@ -18,6 +18,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from benchmarks import rollout_simulation
+from skewless import resources
+from skewless.core.definition import Definition
+from skewless.core.pipeline import Pipeline
 from skewless.errors import UsageError
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import build_archive
@@ -28,7 +31,7 @@ from skewless.rollout.judge import LATENCY_BASIS, Count, Progress, as_text, asse
 from skewless.rollout.labels import by_labels, read_labels
 from skewless.rollout.policy import Policy
 from skewless.rollout.sequential import BETS, block_ends, differences, log_capital, mean_interval
-from skewless.rollout.shadow import NETWORK, explain
+from skewless.rollout.shadow import NETWORK, explain, prepared_for
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
 from tests.conftest import call_skewless
@@ -868,6 +871,23 @@ def test_the_worst_files_name_the_first_stage_that_differs(tiny_model: TinyModel
     for path in kept.iterdir():
         path.unlink()
     assert explain(evidence) == []
+
+
+def test_a_network_that_computes_stages_itself_takes_the_candidates_stages_before_them():
+    baseline = Definition.read(resources.ARCHIVES / "cough")
+    assert [stage.name for stage in baseline.absorbed] == ["replicate", "standardize"]
+    written = baseline.pipeline.to_dict()
+    skewed = Pipeline.from_dict(
+        written | {"stages": [each for each in written["stages"] if "peak_normalize" not in each]}
+    )
+    assert list(prepared_for(baseline, skewed).stages) == [
+        name for name in baseline.prepared.stages if name != "peak_normalize"
+    ]
+    other_end = Pipeline.from_dict(written | {"stages": written["stages"][:-1]})
+    with pytest.raises(
+        UsageError, match=r"itself \(replicate, standardize\), and the candidate ends with others \(cast"
+    ):
+        prepared_for(baseline, other_end)
 
 
 # --- on the command line

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from skewless.core.definition import Definition
+from skewless.core.pipeline import Pipeline
 from skewless.core.service import ModelService
 from skewless.core.stages import InputError, PipelineError
 from skewless.errors import UsageError
@@ -98,8 +99,24 @@ def _comparator(evidence: Evidence, stack: contextlib.ExitStack) -> Comparator:
         stack.enter_context(_unpacked(evidence, version)) for version in (evidence.baseline, evidence.candidate)
     )
     service = ModelService.load(ours, torch.device("cpu"), replay=False)
-    candidate = Definition.read(theirs).pipeline
-    return Comparator(service.pipeline, candidate, service.runtime, service.postprocessor, **service.input_limits)
+    candidate = prepared_for(service.definition, Definition.read(theirs).pipeline)
+    return Comparator(
+        service.definition.prepared, candidate, service.runtime, service.postprocessor, **service.input_limits
+    )
+
+
+def prepared_for(baseline: Definition, candidate: Pipeline) -> Pipeline:
+    """The candidate's pipeline as far as the baseline's network takes it, which may compute the last stages itself. Raises
+    UsageError where the candidate has others there."""
+    if not (absorbed := baseline.absorbed):
+        return candidate
+    last = list(candidate.stages)[-len(absorbed) :]
+    if tuple(candidate.stages[name] for name in last) != absorbed:
+        raise UsageError(
+            f"the baseline's network computes the last stages of its pipeline itself ({', '.join(s.name for s in absorbed)}), and "
+            f"the candidate ends with others ({', '.join(last)}); compare the two pipelines' definitions"
+        )
+    return candidate.split(last[0])[0]
 
 
 @contextlib.contextmanager
