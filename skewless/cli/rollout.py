@@ -209,6 +209,41 @@ def abort(model: Model, why: Why = _ASKED, state_dir: StateDir = STATE_DIR) -> R
     return _told(run.abort(Path(state_dir).resolve(), model, why))
 
 
+@command(rollout, "explain")
+def explain_rollout(
+    model: Model,
+    count: Annotated[int, typer.Option(help="Of how many files.")] = 5,
+    state_dir: StateDir = STATE_DIR,
+) -> Result:
+    """Name the first stage at which the two versions differ, for the shadowed files that moved most.
+
+    For files that were kept: start the server with SKEWLESS_KEEP_UPLOADS=100 in its environment. Both archives' code runs here.
+    """
+    from skewless.rollout.judge import evidence_of
+    from skewless.rollout.shadow import explain
+
+    folder = Path(state_dir).resolve()
+    found = explain(evidence_of(folder, _known(folder, model)), count)
+    return Result(found, "\n".join(map(str, found)) or "no file that was kept got another probability")
+
+
+@command(rollout, "label")
+def label_rollout(
+    model: Model,
+    labels: Annotated[
+        Path, typer.Argument(metavar="CSV", help="With the columns label and request_id, sha256 or file.")
+    ],
+    state_dir: StateDir = STATE_DIR,
+) -> Result:
+    """Join labels that are known by now with what both versions answered: accuracy and AUC with intervals."""
+    from skewless.rollout.judge import evidence_of
+    from skewless.rollout.labels import as_text, by_labels
+
+    folder = Path(state_dir).resolve()
+    found = by_labels(evidence_of(folder, _known(folder, model)), labels)
+    return Result(found, as_text(found))
+
+
 @command(rollout, "run")
 def run_rollout(
     model: Model,
