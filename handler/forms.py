@@ -21,6 +21,11 @@ def is_describe(fields: Mapping[str, Any], headers: Mapping[str, Any]) -> bool:
     return headers.get("describe") == "True" and not fields
 
 
+def is_check(headers: Mapping[str, Any]) -> bool:
+    """Whether a health check asks (`skewless serve health`), and not a user."""
+    return any(name.lower() == "x-skewless-check" for name in headers)
+
+
 def request_of(
     fields: Mapping[str, Any], headers: Mapping[str, Any], limits: Limits
 ) -> Request | BatchRequest | RequestError:

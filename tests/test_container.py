@@ -3,6 +3,7 @@ file system that cannot be written, as a user without rights. What its probes sa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import time
 import venv
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -231,6 +233,26 @@ def test_health_means_that_a_reference_has_its_recorded_probability(served: Serv
 
 
 @pytest.mark.chain
+def test_a_health_check_counts_as_nobodys_request(served: Server):
+    archive = served.model_store / "tiny-1.0.mar"
+    served.register(archive)
+    (reference, *_) = smoke.References.from_archive(archive).payloads
+
+    def counted(client: Client) -> list[str]:
+        return re.findall(r'^skewless_files_total\{.*status="200".*\} (\S+)$', client.metrics(), re.MULTILINE)
+
+    with Client(served) as client:
+        for _ in range(3):
+            assert health(served)[0] == 0
+        assert client.predict_rest("tiny", reference).status == 200
+        until(lambda: counted(client) != ["0.0"])
+        assert counted(client) == ["1.0"]
+    journals = list((served.state_dir / "journal").glob("tiny-*.jsonl"))
+    until(lambda: sum(len(journal.read_text().splitlines()) for journal in journals))
+    assert sum(len(journal.read_text().splitlines()) for journal in journals) == 1
+
+
+@pytest.mark.chain
 def test_a_server_that_hangs_is_not_alive(served: Server):
     served.register(served.model_store / "tiny-1.0.mar")
     assert health(served, "--live")[0] == 0
@@ -307,6 +329,9 @@ mount --make-rprivate /
 mount -t proc proc /proc
 mount -t tmpfs -o noexec,nosuid,nodev,mode=1777 tmpfs /tmp
 mount -t tmpfs -o nosuid,nodev,mode=2777 tmpfs "$APP/state"
+mount -t tmpfs -o nosuid,nodev,mode=755 tmpfs /run
+mkdir /run/secrets
+cp "$APP/client-keys" /run/secrets
 mount -o remount,ro,bind /
 ip link set lo up
 cd "$APP"
@@ -331,6 +356,14 @@ def can_unshare() -> bool:
     return tools and subprocess.run([*NAMESPACES, "mount", "--make-rprivate", "/"], capture_output=True).returncode == 0
 
 
+needs_namespaces = pytest.mark.skipif(
+    not can_unshare(), reason="namespaces of one's own need root, unshare, nsenter, setpriv and ip"
+)
+
+# Of a caller of the gateway.
+CALLER_KEY = "a-key-that-is-for-this-test-alone"
+
+
 @pytest.fixture
 def app(installed: dict[str, str], context: Path, store: Path, tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
     """The image's /app, and `env` with the image's variables."""
@@ -344,6 +377,7 @@ def app(installed: dict[str, str], context: Path, store: Path, tmp_path: Path) -
         subprocess.run([*install, context / "source"], check=True, capture_output=True)
         (folder / "state").mkdir()
         (folder / "model_store").symlink_to(store)
+        (folder / "client-keys").write_text(f"sha256:{hashlib.sha256(CALLER_KEY.encode()).hexdigest()}\n")
         shutil.copy(context / "source" / "config.properties", folder)
         (edit,) = re.findall(r"^RUN (sed .*? config\.properties)", DOCKERFILE, re.MULTILINE)
         subprocess.run(edit, shell=True, cwd=folder, check=True)
@@ -354,9 +388,21 @@ def app(installed: dict[str, str], context: Path, store: Path, tmp_path: Path) -
         yield folder, ["env", "-i", *(f"{key}={value}" for key, value in variables.items())]
 
 
-@pytest.mark.chain
-@pytest.mark.skipif(not can_unshare(), reason="namespaces of one's own need root, unshare, nsenter, setpriv and ip")
-def test_the_image_serves_with_a_read_only_root_as_a_user_without_rights(app: tuple[Path, list[str]]):
+@dataclass(frozen=True)
+class Container:
+    """A container that runs. first: its first process. inside: what a command line begins with to be run in it."""
+
+    engine: subprocess.Popen[str]
+    first: psutil.Process
+    inside: list[str]
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*self.inside, *words], capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def container(app: tuple[Path, list[str]]) -> Iterator[Container]:
+    """The server's image, once it says that `tiny` 1.0 is served."""
     folder, env = app
     command = [*NAMESPACES, "bash", "-c", CONTAINER, "container", *AS_USER, *env, *command_of(SERVE)]
     engine = subprocess.Popen(command, env=os.environ | {"APP": str(folder)}, stdout=subprocess.PIPE, text=True)
@@ -368,22 +414,78 @@ def test_the_image_serves_with_a_read_only_root_as_a_user_without_rights(app: tu
             shown += line
         assert "tiny 1.0, default: workers READY" in shown
         (first,) = psutil.Process(engine.pid).children()
-        assert first.uids().real == first.gids().real == 10001
-        status = Path(f"/proc/{first.pid}/status").read_text()
-        assert re.findall(r"^(?:CapEff|CapBnd):\t(\w+)$", status, re.MULTILINE) == ["0" * 16] * 2
-        inside = ["nsenter", "--target", str(first.pid), "--mount", "--pid", "--net", f"--wd={folder}", *AS_USER, *env]
-
-        def run(*words: str) -> subprocess.CompletedProcess[str]:
-            return subprocess.run([*inside, *words], capture_output=True, text=True, check=False, timeout=120)
-
-        assert "Read-only file system" in run("touch", str(folder / "state.txt")).stderr
-        checked = run(*command_of(HEALTH))
-        assert (checked.returncode, "from its recorded probability" in checked.stdout) == (0, True), checked
-        # What others may reach: inference and metrics, and not management.
-        listening = run("ss", "-Hltn").stdout
-        assert {*re.findall(r" (?:0\.0\.0\.0|\*|\[::\]):(\d+) ", listening)} == {"8080", "8082", "7070"}, listening
-        first.send_signal(signal.SIGTERM)
-        assert engine.wait(60) == 0
+        inside = [
+            "nsenter",
+            "--target",
+            str(first.pid),
+            "--mount",
+            "--pid",
+            "--net",
+            f"--wdns={folder}",
+            *AS_USER,
+            *env,
+        ]
+        yield Container(engine, first, inside)
     finally:
         engine.kill()
         engine.wait()
+
+
+@pytest.mark.chain
+@needs_namespaces
+def test_the_image_serves_with_a_read_only_root_as_a_user_without_rights(container: Container):
+    assert container.first.uids().real == container.first.gids().real == 10001
+    status = Path(f"/proc/{container.first.pid}/status").read_text()
+    assert re.findall(r"^(?:CapEff|CapBnd):\t(\w+)$", status, re.MULTILINE) == ["0" * 16] * 2
+    assert "Read-only file system" in container.run("touch", "/var/tmp/anything").stderr
+    checked = container.run(*command_of(HEALTH))
+    assert (checked.returncode, "from its recorded probability" in checked.stdout) == (0, True), checked
+    # What others may reach: inference and metrics, and not management.
+    listening = container.run("ss", "-Hltn").stdout
+    assert {*re.findall(r" (?:0\.0\.0\.0|\*|\[::\]):(\d+) ", listening)} == {"8080", "8082", "7070"}, listening
+    container.first.send_signal(signal.SIGTERM)
+    assert container.engine.wait(60) == 0
+
+
+@pytest.mark.chain
+@needs_namespaces
+@pytest.mark.skipif(
+    shutil.which("nginx") is None, reason="nginx is not installed: apt-get install nginx libnginx-mod-http-lua"
+)
+@pytest.mark.skipif(
+    call_skewless("gateway", "run", "--help").returncode != 0, reason="this checkout has no `skewless gateway`"
+)
+def test_the_gateways_image_lets_callers_with_a_key_in(container: Container, store: Path, tmp_path: Path):
+    """In the server's namespaces, as in deploy/compose and deploy/kubernetes."""
+    reference = tmp_path / "reference.wav"
+    reference.write_bytes(smoke.References.from_archive(store / "tiny-1.0.mar").payloads[0])
+    gateway = subprocess.Popen([*container.inside, *command_of(SERVE, "gateway")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert gateway.stdout.readline()
+        octets = "Content-Type: application/octet-stream"
+        call = [
+            "curl",
+            "-sS",
+            "--data-binary",
+            "@-",
+            "-H",
+            octets,
+            "-w",
+            " %{http_code}",
+            "http://127.0.0.1:8090/predictions/tiny",
+        ]
+
+        def ask(*more: str) -> str:
+            with reference.open("rb") as body:
+                done = subprocess.run([*container.inside, *call, *more], stdin=body, capture_output=True, check=False)
+            return done.stdout.decode() + done.stderr.decode()
+
+        answer = ask("-H", f"Authorization: Bearer {CALLER_KEY}")
+        assert answer.endswith(" 200") and '"model_version": "1.0"' in answer, answer
+        assert ask().endswith(" 401")
+        assert ask("-H", "Authorization: Bearer of-another-caller").endswith(" 401")
+    finally:
+        # The signal goes to the gateway, and not to nsenter, which would leave it behind.
+        for process in psutil.Process(gateway.pid).children() or [psutil.Process(gateway.pid)]:
+            process.send_signal(signal.SIGTERM)
+        assert gateway.wait(60) == 0

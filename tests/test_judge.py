@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import math
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,100 +14,127 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sklearn.metrics import roc_auc_score
 
-from skewless.core.telemetry import Answered
+from benchmarks import rollout_simulation
 from skewless.errors import UsageError
+from skewless.evaluation.evaluate import evaluate
+from skewless.packaging.build import build_archive
+from skewless.rollout import labels as labelling
 from skewless.rollout.drift import between_samples, from_histogram, psi
 from skewless.rollout.evidence import Evidence
-from skewless.rollout.judge import LATENCY_BASIS, Progress, as_text, assess, judge
+from skewless.rollout.judge import LATENCY_BASIS, Count, Progress, as_text, assess, judge
+from skewless.rollout.labels import by_labels, read_labels
 from skewless.rollout.policy import Policy
-from skewless.rollout.sequential import (
-    Count,
-    Interval,
-    difference_interval,
-    log_evidence,
-    log_evidence_of_difference,
-    paired_difference_interval,
-    rate_interval,
-)
+from skewless.rollout.sequential import BETS, block_ends, differences, log_capital, mean_interval
+from skewless.rollout.shadow import NETWORK, explain
+from skewless.training.checkpoint import load_checkpoint
+from skewless.training.manifest import read_manifest
+from tests.conftest import call_skewless
+from tests.tiny_model import TinyModel, recording, tiny_model  # noqa: F401
 
 # --- intervals
 
 
-@pytest.mark.parametrize("alpha", [0.05, 0.002])
-def test_a_rates_interval_is_that_of_another_implementation(alpha: float):
+def test_the_capital_is_what_bets_make_of_each_value():
+    values, mean = np.array([0.5, 1.0, 0.0, 0.75]), 0.4
+    for larger in (True, False):
+        capital = np.zeros(4)
+        for bet in BETS:
+            own = 1.0
+            for place, x in enumerate(values):
+                own *= 1 - bet + bet * (x / mean if larger else (1 - x) / (1 - mean))
+                capital[place] += own / len(BETS)
+        assert log_capital(values, mean, larger) == pytest.approx(np.log(capital))
+
+
+def test_an_interval_ends_where_the_capital_reaches_the_bound():
+    values = np.random.default_rng(1).choice([-1.0, -0.5, 0.0, 1.0], 500)
+    alpha = 0.01
+    low, high = mean_interval(values, alpha, -1.0, 1.0)
+    assert low < values.mean() < high
+    for end, larger in ((low, True), (high, False)):
+        capital = log_capital((values + 1) / 2, (end + 1) / 2, larger)[-1]
+        assert capital == pytest.approx(math.log(2 / alpha), abs=1e-9)
+
+
+def test_rates_intervals_are_like_those_of_another_implementation():
+    """Of the same method with other bets, and of the mixture that is made for rates: nobody's is best at every number of values."""
     ville = pytest.importorskip("ville", reason="ville is not installed: pip install --no-deps ville==0.1.0")
     observations = (np.random.default_rng(3).random(3000) < 0.03).astype(float)
-    theirs = ville.BernoulliCS(alpha=alpha, prior=(0.5, 0.5), intersect=False)
-    theirs.update(observations)
-    for n in (1, 2, 30, 400, 3000):
-        ours = rate_interval(Count(n, int(observations[:n].sum())), alpha)
-        assert ours == pytest.approx((theirs.lower_[n - 1], theirs.upper_[n - 1]), abs=1e-12)
+    others = [ville.BettingCS(alpha=0.05), ville.BernoulliCS(alpha=0.05, prior=(0.5, 0.5), intersect=False)]
+    for other in others:
+        other.update(observations)
+    for n in (300, 1000, 3000):
+        low, high = mean_interval(observations[:n], 0.05)
+        for other in others:
+            theirs = (other.lower_[n - 1], other.upper_[n - 1])
+            assert low <= theirs[1] and high >= theirs[0]
+            assert 0.75 < (high - low) / (theirs[1] - theirs[0]) < 1.3
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"), [((40, 12), (25, 9)), ((30, 0), (200, 1)), ((7, 7), (50, 3)), ((0, 0), (20, 5))]
-)
-def test_a_differences_interval_is_what_a_grid_of_rates_leaves(ours: tuple[int, int], theirs: tuple[int, int]):
-    """Every pair of rates whose evidence is below the bound, looked at one by one."""
-    alpha, steps = 0.05, 1500
-    rates = np.linspace(0, 1, steps + 1)
-    with np.errstate(divide="ignore"):
-        evidence = log_evidence(*ours, rates)[:, None] + log_evidence(*theirs, rates)[None, :]
-    at0, at1 = np.nonzero(evidence < -math.log(alpha))
-    left = rates[at1] - rates[at0]
-    found = difference_interval(Count(*ours), Count(*theirs), alpha)
-    assert found == pytest.approx((left.min(), left.max()), abs=2 / steps)
-    # A grid leaves out ends that are between its points, never more.
-    assert found.low <= left.min() and found.high >= left.max()
+def test_a_block_ends_with_the_first_request_of_the_other_arm():
+    arms = [0, 0, 1, 1, 0, 1, 1, 1]
+    happened = [1, 0, 1, 0, 1, 0, 1, 1]
+    assert differences(arms, happened).tolist() == [1 - 1 / 2, 0 - 1]
+    assert block_ends(arms).tolist() == [2, 4]
+    for nothing in ([], [1], [0, 0, 0], [1, 1]):
+        assert differences(nothing, nothing).tolist() == []
 
 
-def test_nothing_seen_says_nothing():
-    assert rate_interval(Count(0, 0), 0.05) == (0, 1)
-    assert difference_interval(Count(0, 0), Count(0, 0), 0.05) == (-1, 1)
-    assert paired_difference_interval(Count(0, 0), Count(0, 0), 0.05) == (-1, 1)
+def test_nothing_seen_says_nothing_and_nonsense_is_refused():
+    assert mean_interval([], 0.05) == (0, 1) and mean_interval([], 0.05, -1, 1) == (-1, 1)
+    low, high = mean_interval([1.0] * 5, 0.05)
+    assert 0 < low < high == 1
     with pytest.raises(ValueError, match="alpha is 0, expected a number between 0 and 1"):
-        rate_interval(Count(1, 1), 0)
+        mean_interval([1.0], 0)
+    for wrong in (1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match=r"expected 0\.0 to 1\.0"):
+            mean_interval([0.5, wrong], 0.05)
 
 
-def looks(rng: np.random.Generator, runs: int, n: int, rates: tuple[float, float], share: float) -> list[np.ndarray]:
-    """Counts after every observation of each run `(runs, n)`: n and s of the baseline, n and s of the candidate."""
-    candidate = rng.random((runs, n)) < share
-    positive = rng.random((runs, n)) < np.where(candidate, rates[1], rates[0])
-    return [each.cumsum(axis=1) for each in (~candidate, ~candidate & positive, candidate, candidate & positive)]
+def test_looking_after_every_request_raises_no_more_false_alarms_than_alpha():
+    """The usual test, at the same level each time, raises them in a third of the runs."""
+    rng = np.random.default_rng(8)
+    ours = usual = 0
+    for _ in range(150):
+        run = rollout_simulation.simulate(rng, 1500, rollout_simulation.Version(), 0.3)["decisions"]
+        ours += math.isfinite(rollout_simulation.differs(run, 0.05))
+        usual += math.isfinite(rollout_simulation.differs_usually(run, 0.05))
+    assert ours <= 0.05 * 150 and usual > 0.2 * 150
 
 
-@pytest.mark.parametrize(("rate", "share"), [(0.3, 0.5), (0.02, 0.5), (0.3, 0.05)])
-def test_looking_after_every_request_raises_no_more_false_alarms_than_alpha(rate: float, share: float):
-    """The usual test, at a level of 0.05 each time, raises them in a third of the runs."""
-    runs, alpha = 400, 0.05
-    n0, s0, n1, s1 = looks(np.random.default_rng(8), runs, 1000, (rate, rate), share)
-    # Equal rates are most plausible where both are pooled.
-    pooled = (s0 + s1) / (n0 + n1)
-    evidence = log_evidence(n0, s0, pooled) + log_evidence(n1, s1, pooled)
-    assert (evidence >= -math.log(alpha)).any(axis=1).mean() <= alpha
-    with np.errstate(invalid="ignore", divide="ignore"):
-        z = (s1 / n1 - s0 / n0) / np.sqrt(pooled * (1 - pooled) * (1 / n0 + 1 / n1))
-    usual = ((np.abs(z) > 1.96) & (np.minimum(n0, n1) >= 20)).any(axis=1).mean()
-    assert usual > 0.15
+def test_rates_that_change_for_both_versions_alike_raise_none():
+    rng = np.random.default_rng(9)
+    days = [rollout_simulation.over_a_day(rng, 2000, 0.5)["decisions"] for _ in range(100)]
+    assert sum(math.isfinite(rollout_simulation.differs(day, 0.05)) for day in days) <= 5
 
 
-def test_a_true_difference_stays_in_the_interval_at_every_look():
-    alpha, rates = 0.1, (0.1, 0.25)
-    counts = looks(np.random.default_rng(5), 300, 600, rates, 0.4)
-    every = [each[:, ::5] for each in counts]
-    evidence = log_evidence_of_difference(*every, rates[1] - rates[0])
-    missed = (evidence >= -math.log(alpha)).any(axis=1)
-    assert missed.mean() <= alpha
-    # And equality does not stay.
-    assert (log_evidence_of_difference(*(each[:, -1] for each in counts), 0.0) >= -math.log(alpha)).mean() > 0.6
+def test_a_true_difference_stays_in_the_interval_and_another_does_not():
+    rng = np.random.default_rng(5)
+    alpha, better = 0.1, rollout_simulation.Version(positive=0.45)
+    runs = [rollout_simulation.simulate(rng, 1500, better, 0.5)["decisions"] for _ in range(100)]
+    # The baseline's rate is 0.30.
+    missed = [rollout_simulation.exceeds(run, alpha, 0.15) for run in runs]
+    assert np.isfinite(missed).mean() <= alpha
+    assert np.isfinite([rollout_simulation.exceeds(run, alpha) for run in runs]).mean() > 0.8
 
 
-def test_answers_to_the_same_bytes_get_the_wider_interval():
-    """Errors of two arms that always come together: their product is no martingale, and counts would look independent."""
-    ours, theirs = Count(2000, 40), Count(2000, 60)
-    narrow, wide = (f(ours, theirs, 0.01) for f in (difference_interval, paired_difference_interval))
-    assert wide.low < narrow.low < narrow.high < wide.high
+def test_the_simulation_prints_its_tables_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture = tmp_path / "peeking.png"
+    rollout_simulation.main(["--runs", "10", "--requests", "1000", "--picture", str(picture)])
+    printed = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for part in (
+        "| confidence sequences |",
+        "| the usual test at every look |",
+        "| errors 0.1 % to 5 % |",
+        "| the first request",
+    ):
+        assert part in printed
+    with pytest.raises(SystemExit):
+        rollout_simulation.main(["--runs", "0"])
 
 
 # --- distributions
@@ -115,8 +143,21 @@ def test_answers_to_the_same_bytes_get_the_wider_interval():
 def test_the_stability_index_by_hand():
     counts = np.array([10, 30, 60]), np.array([20, 30, 50])
     p, q = ((each + 0.5) / (each.sum() + 1.5) for each in counts)
-    assert psi(*counts) == pytest.approx(sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    by_hand = sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert psi(*counts) == pytest.approx(by_hand)
     assert psi(counts[0], counts[0]) == 0
+    # Bins with few of what is compared with are joined with the next, and at the end with those before.
+    split = np.array([4, 6, 0, 30, 55, 5]), np.array([3, 17, 0, 30, 44, 6])
+    assert psi(*split) == pytest.approx(by_hand)
+
+
+def test_too_few_values_have_no_stability_index():
+    few = np.array([3, 2, 4, 0, 1, 5])
+    assert psi(np.full(6, 100), few) is None and psi(np.zeros(6, int), np.full(6, 100)) is None
+    rng = np.random.default_rng(6)
+    found = [between_samples("", list(rng.random(40)), list(rng.random(40))) for _ in range(50)]
+    assert np.mean([each.psi for each in found if each]) < 0.25
+    assert between_samples("", list(rng.random(40)), list(rng.random(8))) is None
 
 
 def test_drift_tells_a_moved_distribution_from_the_same_one():
@@ -305,8 +346,12 @@ def test_the_first_file_of_a_client_counts_in_the_arm_that_answered_it(logs: Log
     requests = [logs.request(arm, START + n, client=c) for n, (c, arm) in enumerate(zip(clients, arms, strict=True))]
     logs.write(requests, [logs.answer(each) for each in requests])
     evidence = gathered(logs)
-    assert [each.id for each in evidence.first_of_clients("baseline")] == ["r1"]
-    assert [each.id for each in evidence.first_of_clients("candidate")] == ["r2", "r6"]
+    assert [(theirs, each.id) for theirs, each in evidence.files("client")] == [
+        (False, "r1"),
+        (True, "r2"),
+        (True, "r6"),
+    ]
+    assert [each.id for _, each in evidence.files("request")] == ["r1", "r2", "r3", "r4", "r5", "r6"]
 
 
 def test_over_grpc_files_are_told_by_their_version_and_their_bytes(logs: Logs):
@@ -325,7 +370,9 @@ def test_over_grpc_files_are_told_by_their_version_and_their_bytes(logs: Logs):
     evidence = gathered(logs)
     assert [(pair.flipped, round(pair.dp or 0, 3)) for pair in evidence.pairs()] == [(True, 0.7), (False, 0.7)]
     assert [each.failed for each in evidence.requests("baseline")] == [False, False, True]
-    assert [evidence.silent_failures(arm) for arm in ("baseline", "candidate", "shadow")] == [0, 1, 0]
+    # TorchServe said OK to what its worker could not do.
+    assert [each.failed for each in evidence.requests("candidate")] == [True]
+    assert [(ours.failed, copy.failed) for ours, copy in evidence.copies()] == [(False, False)] * 2
     assert len(evidence.answered["candidate"]) == 1 and len(evidence.answered["shadow"]) == 2
 
 
@@ -349,7 +396,6 @@ def test_without_a_gateway_the_journals_are_what_there_is(logs: Logs):
     evidence = gathered(logs)
     assert evidence.source == "journal"
     assert len(evidence.requests("baseline")) == len(evidence.answered["baseline"]) > 5
-    assert evidence.silent_failures("baseline") == 0
     assert "no gateway logged requests" in as_text(judge(evidence, Policy(), progress()))
 
 
@@ -423,7 +469,7 @@ def test_equal_versions_step_and_are_promoted(logs: Logs):
         "files decided yes",
     ]
     assert judge(evidence, LOOSE, progress(percent=100, step=2)).action == "promote"
-    assert all(each.interval.low <= 0 <= each.interval.high for each in verdict.comparisons)
+    assert all(each.interval.low < 0 < each.interval.high for each in verdict.comparisons)
 
 
 def test_a_step_waits_for_its_own_requests(logs: Logs):
@@ -472,7 +518,7 @@ def test_a_candidate_that_is_worse_is_aborted_and_told_why(logs: Logs, worse: Be
     (found,) = (each for each in verdict.comparisons if each.state == "beyond")
     assert found.name == name
     for count in (found.baseline, found.candidate):
-        assert f"{count.rate:.2%} of {count.n:,}" in reason
+        assert f"{count.s / count.n:.2%} of {count.n:,}" in reason
     assert f"from {found.interval.low:+.2%} to {found.interval.high:+.2%}" in reason
 
 
@@ -558,7 +604,7 @@ def test_slow_is_what_the_baselines_first_requests_say(logs: Logs):
     logs.traffic(1200, slow, slow, start=end, seed=2)
     verdict = judge(gathered(logs), replace(LOOSE, min_requests=400), progress())
     (found,) = (each for each in verdict.comparisons if each.name == "slow requests")
-    assert found.candidate.rate > 0.5 and found.baseline.rate > 0.5 and found.state != "beyond"
+    assert found.candidate.s > 400 and found.baseline.s > 400 and found.state != "beyond"
 
 
 def test_two_classes_take_one_comparison_and_three_take_three(logs: Logs):
@@ -567,25 +613,38 @@ def test_two_classes_take_one_comparison_and_three_take_three(logs: Logs):
     logs.write(requests, [logs.answer(each, choice=choices[n // 2 % 3]) for n, each in enumerate(requests)])
     verdict = judge(gathered(logs), LOOSE, progress())
     assert [each.name for each in verdict.comparisons[3:]] == [f"files decided {name}" for name in choices]
-    # alpha is shared by these three, three others of the split, and three of the shadow.
-    assert [each.alpha for each in verdict.comparisons] == pytest.approx([0.05 / 9] * 6)
+    # alpha is shared by these three, three others of the split, three of the shadow, and one of the last step.
+    assert [each.alpha for each in verdict.comparisons] == pytest.approx([0.05 / 10] * 6)
     without = judge(gathered(logs), replace(LOOSE, steps=(50.0,)), progress())
     assert [each.alpha for each in without.comparisons] == pytest.approx([0.05 / 6] * 6)
 
 
 def test_clients_that_send_much_count_once_unless_the_policy_says_otherwise(logs: Logs):
     """One caller of the candidate sends the same positive file again and again: that is no decision rate."""
-    requests = [logs.request(("baseline", "candidate")[n % 2], START + n) for n in range(60)]
-    requests += [logs.request("candidate", START + 60 + n, client="often") for n in range(400)]
-    answers = [
-        logs.answer(each, choice="yes" if n >= 60 else ("yes", "no")[n // 2 % 2]) for n, each in enumerate(requests)
-    ]
-    logs.write(requests, answers)
+    arms = ("baseline", "candidate")
+    requests = [logs.request(arms[n % 2], START + n) for n in range(60)]
+    requests += [logs.request(arms[n % 2], START + n, **({"client": "often"} if n % 2 else {})) for n in range(60, 460)]
+    choices = ["yes" if n >= 60 and n % 2 else ("yes", "no")[n // 2 % 2] for n in range(460)]
+    logs.write(requests, [logs.answer(each, choice=choice) for each, choice in zip(requests, choices, strict=True)])
     lenient = replace(LOOSE, max_decision_change=0.1, min_requests=10)
     (clients,) = (c for c in judge(gathered(logs), lenient, progress()).comparisons if c.name == "files decided yes")
-    assert (clients.baseline.n, clients.candidate.n, clients.candidate.s) == (30, 31, 16)
+    assert (clients.baseline, clients.candidate) == (Count(230, 115), Count(31, 16))
     verdict = judge(gathered(logs), replace(lenient, unit="request"), progress())
     assert verdict.action == "abort" and "files decided yes" in verdict.reasons[0]
+
+
+def test_with_everybody_at_the_candidate_its_failures_still_count(logs: Logs):
+    end = logs.traffic(1000)
+    logs.traffic(300, candidate=Behaviour(errors=0.3), share=1.0, start=end)
+    at = replace(progress(percent=100, step=2), step_started=end)
+    verdict = judge(gathered(logs), LOOSE, at)
+    assert verdict.action == "abort"
+    (reason,) = verdict.reasons
+    assert "failed requests of everybody" in reason
+    logs.access.write_text("")
+    end = logs.traffic(1000, start=START)
+    logs.traffic(300, share=1.0, start=end)
+    assert judge(gathered(logs), LOOSE, at).action == "promote"
 
 
 def test_a_whole_verdict_is_plain_data_and_text(logs: Logs):
@@ -646,10 +705,205 @@ def test_a_rollouts_state_says_what_is_judged(logs: Logs, tmp_path: Path):
         assess(logs.folder, wrong)
 
 
-def test_a_journals_line_is_what_a_worker_writes():
-    """What the logs above are made of."""
-    line = Answered(1.0, "cough", "1.0", None, None, 200, 0.5, "no", 0.5, None, 0.1)
-    assert Logs.answer.__doc__ and set(vars(line)) == {
-        *("time", "model", "version", "id", "sha256", "status", "score", "choice", "threshold", "truncated", "seconds")
-    }
-    assert Interval(0.1, 0.2).low == 0.1
+# --- labels that come later
+
+
+def write_labels(folder: Path, text: str) -> Path:
+    path = folder / "labels.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_area_under_the_curve_is_another_librarys_and_its_interval_holds():
+    rng = np.random.default_rng(4)
+    true = 0.760  # of scores that are normal and one apart: Phi(1 / sqrt(2))
+    inside = []
+    for _ in range(300):
+        truth = rng.random(150) < 0.4
+        # Rounded, so that some are equal.
+        scores = np.round(rng.standard_normal(150) + truth, 1)
+        area, (low, high) = labelling.auc_interval(truth.astype(int), scores)
+        assert area == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
+        inside.append(low <= true <= high)
+    assert 0.9 < np.mean(inside) < 0.99
+    assert labelling.auc_interval(np.array([1, 0, 0]), np.array([0.3, 0.5, 0.1])) == (0.5, (0, 1))
+
+
+def test_labels_are_joined_by_the_requests_id(logs: Logs):
+    logs.traffic(400, candidate=Behaviour(positive=0.5), seed=3)
+    evidence = gathered(logs)
+    answers = [each for arm in evidence.answered.values() for each in arm if each.score is not None]
+    # The candidate is always right, the baseline in six of seven.
+    other = {"yes": "no", "no": "yes"}
+    wrong = {each.id for each in answers if each.version == "1.0" and int(each.id[1:]) % 7 == 0}
+    rows = [f"{each.id},{other[each.choice] if each.id in wrong else each.choice}" for each in answers]
+    path = write_labels(logs.folder, "\n".join(["request_id,label", *rows, "nobody,yes", "no-one,0"]))
+    labels = by_labels(evidence, path)
+    ours, theirs = labels.arms
+    assert (ours.arm, theirs.arm, ours.files + theirs.files) == ("baseline", "candidate", len(answers))
+    assert theirs.accuracy == theirs.auc == 1.0 and 0.5 < ours.accuracy < 1
+    assert ours.accuracy_interval.low < ours.accuracy < ours.accuracy_interval.high
+    assert ours.auc_interval.low < ours.auc < ours.auc_interval.high
+    assert labels.unknown == ("nobody", "no-one")
+    text = labelling.as_text(labels)
+    assert "2 labels are of no file that an arm answered: nobody, no-one" in text
+    assert f"candidate (2.0): {theirs.files} labelled files, accuracy 1.0000" in text
+
+
+def test_labels_are_joined_by_bytes(logs: Logs):
+    upload = b"an upload"
+    (logs.folder / "upload.wav").write_bytes(upload)
+    digest = hashlib.sha256(upload).hexdigest()
+    requests = [logs.request(arm, START + n) for n, arm in enumerate(("baseline", "candidate", "baseline"))]
+    answers = [logs.answer(each, sha256=digest if n < 2 else "other") for n, each in enumerate(requests)]
+    logs.write(requests, [*answers, logs.answer(requests[0], sha256=digest)])
+    for text in ("file,label\nupload.wav,no", f"sha256,label\n{digest},0", f"\ufefflabel,sha256\nno,{digest}\nyes,f00"):
+        labels = by_labels(replace(gathered(logs), classes=("no", "yes")), write_labels(logs.folder, text))
+        assert [(each.files, each.accuracy, each.auc) for each in labels.arms] == [(1, 1.0, None)] * 2
+    assert labels.unknown == ("f00",)
+
+
+def test_a_label_of_a_request_with_several_files_is_of_none(logs: Logs):
+    sent = logs.request("candidate", START)
+    logs.write([sent], [logs.answer(sent, sha256="a"), logs.answer(sent, sha256="b")])
+    labels = by_labels(gathered(logs), write_labels(logs.folder, "request_id,label\nr1,no"))
+    assert labels.ambiguous == ("r1",) and labels.unknown == () and labels.arms[0].files == 0
+    assert "use sha256: r1" in labelling.as_text(labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,label\nr1,yes", r"has the columns id, label; expected label and one of request_id, sha256, file"),
+        ("request_id,sha256,label\nr1,a,yes", "expected label and one of"),
+        ("", "has the columns none"),
+        ("request_id,label\n", "has no rows"),
+        ("request_id,label\nr1,maybe", "line 2: label is 'maybe', expected one of no, yes, or its number from 0"),
+        ("request_id,label\nr1,2", "line 2: label is '2', expected one of"),
+        ("request_id,label\nr1", "line 2: label is None, expected one of"),
+        ("request_id,label\n,yes", "line 2: request_id is empty"),
+        ("request_id,label\nr1,yes\nr1,no", "line 3: r1 has another label above; give each file one"),
+        ("file,label\nmissing.wav,yes", "line 2: missing.wav cannot be read: No such file"),
+    ],
+)
+def test_wrong_labels_are_refused_with_their_line(tmp_path: Path, text: str, message: str):
+    with pytest.raises(UsageError, match=message):
+        read_labels(write_labels(tmp_path, text), ("no", "yes"))
+
+
+def test_labels_that_are_no_text(tmp_path: Path):
+    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "labels.csv", tmp_path / "missing.csv", tmp_path):
+        with pytest.raises(UsageError, match=str(path)):
+            read_labels(path, ("no", "yes"))
+
+
+# --- why shadowed files are answered otherwise
+
+
+def altered(archive: Path, store: Path, version: str, edit: tuple[str, str] = ("", "")) -> Path:
+    """The archive as another version, with something else in its pipeline.yaml."""
+    target = store / f"tiny-{version}.mar"
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(target, "w") as copy:
+        for info in source.infolist():
+            data = source.read(info)
+            if info.filename == "MAR-INF/MANIFEST.json":
+                manifest = json.loads(data)
+                manifest["model"]["modelVersion"] = version
+                data = json.dumps(manifest).encode()
+            if info.filename == "pipeline.yaml" and edit[0]:
+                assert data.count(edit[0].encode()) == 1
+                data = data.replace(*(each.encode() for each in edit))
+            copy.writestr(info, data)
+    return target
+
+
+@pytest.mark.chain
+def test_the_worst_files_name_the_first_stage_that_differs(tiny_model: TinyModel, tmp_path: Path):  # noqa: F811
+    definition, store = tiny_model.definition, tmp_path / "store"
+    recordings = read_manifest(tiny_model.manifest, tiny_model.manifest.parent, definition.classes)
+    checkpoint, device = load_checkpoint(tiny_model.checkpoint), torch.device("cpu")
+    evaluate(definition, checkpoint, tiny_model.checkpoint, recordings, "test", tmp_path / "test", device, references=3)
+    built = build_archive(tiny_model.archive, tiny_model.checkpoint, tmp_path / "test", "1.0", store).path
+    altered(built, store, "2.0", ("f_max: 4000.0", "f_max: 3000.0"))
+    altered(built, store, "3.0")
+    logs = Logs(tmp_path / "state")
+    (logs.folder / "state.json").write_text(json.dumps({"model_store": str(store)}))
+    kept = logs.folder / "journal" / "kept"
+    kept.mkdir()
+    for version in ("2.0", "3.0"):
+        requests, answers = [], []
+        for number, moved in enumerate((0.1, 0.4, 0.3, 0.0)):
+            upload = recording(1, number)
+            digest = hashlib.sha256(upload).hexdigest()
+            if number != 2:  # of which the bytes were not kept
+                (kept / digest).write_bytes(upload)
+            sent = logs.request("baseline", START + number, model="tiny")
+            copy = logs.request("shadow", START + number, id=sent["id"], version=version, model="tiny")
+            requests += [sent, copy]
+            answers.append(logs.answer(sent, sha256=digest, model="tiny", score=0.2))
+            answers.append(logs.answer(copy, sha256=digest, model="tiny", score=0.2 + moved))
+        logs.access.write_text("".join(json.dumps(each) + "\n" for each in requests))
+        for each in ("1.0", version):
+            lines = [json.dumps(answer) + "\n" for answer in answers if answer["version"] == each]
+            (logs.folder / "journal" / f"tiny-{each}-7.jsonl").write_text("".join(lines))
+        evidence = Evidence.gather(logs.folder, "tiny", "1.0", version)
+        assert evidence.classes == ("tone", "noise") and set(evidence.histograms) == {"1.0", version}
+        worst = explain(evidence)
+        assert [round(each.candidate - each.baseline, 6) for each in worst] == [0.4, 0.1]
+        if version == "2.0":
+            assert [each.stage for each in worst] == ["mel", "mel"]
+            assert worst[0].definition == "f_max 4000.0 → 3000.0" and worst[0].largest > 0 and worst[0].preprocessing
+            assert f"{worst[0].sha256[:12]}: 0.2000 to 0.6000; first differs at 'mel' (" in str(worst[0])
+        else:
+            assert [(each.stage, each.preprocessing) for each in worst] == [(NETWORK, 0.0)] * 2
+            assert "both networks take the same input" in str(worst[0])
+        assert len(explain(evidence, count=1)) == 1
+    (store / "tiny-3.0.mar").unlink()
+    with pytest.raises(UsageError, match=r"the archive of tiny 3\.0 is not in the model store any more; put it back"):
+        explain(evidence)
+    for path in kept.iterdir():
+        path.unlink()
+    assert explain(evidence) == []
+
+
+# --- on the command line
+
+
+def test_labels_and_explanations_have_commands(logs: Logs):
+    logs.traffic(60, shadow=True)
+    history = [{"time": iso(START), "action": "start", "percent": 0.0, "why": "asked for"}]
+    state = {"model": "cough", "baseline": "1.0", "candidate": "2.0", "percent": 0.0, "shadow": True, "phase": "shadow"}
+    state |= {"step": 0, "started": iso(START), "policy": None, "history": history, "pending": None}
+    (logs.folder / "rollouts").mkdir()
+    (logs.folder / "rollouts" / "cough.json").write_text(json.dumps(state))
+    path = write_labels(logs.folder, "request_id,label\nr1,yes\nr3,no\nx,no")
+    done = call_skewless("rollout", "label", "cough", path, "--state-dir", logs.folder)
+    assert done.returncode == 0 and "baseline (1.0): 2 labelled files" in done.stdout, done.stderr
+    assert "1 labels are of no file that an arm answered: x" in done.stdout
+    done = call_skewless("rollout", "explain", "cough", "--state-dir", logs.folder)
+    assert (done.returncode, done.stdout.strip()) == (0, "no file that was kept got another probability")
+    for command in (("label", "orca", path), ("explain", "orca"), ("label", "cough", logs.folder / "none.csv")):
+        done = call_skewless("rollout", *command, "--state-dir", logs.folder)
+        assert done.returncode == 2 and (
+            "orca has had no rollout" in done.stderr or "none.csv cannot be read" in done.stderr
+        )
+
+
+def test_an_abort_in_the_shadow_says_what_could_be_found_out(
+    logs: Logs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    logs.traffic(600, shadow=True, flips=0.4)
+    rollout = Rollout("cough", "1.0", "2.0", 0.0, 0, iso(START), None, (Entry(iso(START), 0.0),))
+    assert len(assess(logs.folder, rollout, START + 900).reasons) == 1, "nothing was kept"
+    monkeypatch.setattr("skewless.rollout.shadow.explain", lambda evidence, count: ["the first", "the second"])
+    verdict = assess(logs.folder, rollout, START + 900)
+    assert verdict.action == "abort" and verdict.reasons[1:] == ["the first", "the second"]
+
+    def fails(evidence: Evidence, count: int) -> None:
+        raise RuntimeError("the archive's code is broken")
+
+    monkeypatch.setattr("skewless.rollout.shadow.explain", fails)
+    verdict = assess(logs.folder, rollout, START + 900)
+    assert verdict.action == "abort"
+    assert verdict.reasons[1:] == ["why the answers differ could not be found: the archive's code is broken"]

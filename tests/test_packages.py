@@ -86,6 +86,7 @@ def test_the_wheel_has_what_skewless_needs_and_no_tests(tmp_path: Path):
     (wheel,) = tmp_path.glob("skewless-*.whl")
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
+        started = file.getinfo("skewless/torchserve/verifying_python").external_attr >> 16
         metadata = file.read(next(name for name in names if name.endswith("/METADATA"))).decode()
     for folder in ("handler", "archive"):
         ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".yaml")}
@@ -93,6 +94,8 @@ def test_the_wheel_has_what_skewless_needs_and_no_tests(tmp_path: Path):
     ours = {p.relative_to(ROOT).as_posix() for p in (ROOT / "skewless").rglob("*") if p.suffix in (".py", ".yaml")}
     wanted = {*ours, *(f"skewless/torchserve/{name}" for name in ("inference.proto", "log4j2.xml"))}
     assert wanted | {"skewless/resources/config.properties"} <= names
+    # TorchServe starts it in the place of Python.
+    assert started & 0o111 == 0o111
     roots = {name.split("/")[0] for name in names}
     assert roots == {"skewless", next(root for root in roots if root.endswith(".dist-info"))}
     assert not [name for name in names if "test" in Path(name).name and "selftest" not in name]

@@ -52,7 +52,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
     stub = Stub(tmp_path)
     (tmp_path / "gateway").mkdir()
     monkeypatch.setattr(run.Server, "attach", lambda state_dir: stub)
-    monkeypatch.setattr(state, "_set_default", lambda server, model, version: server.set_default(model, version))
+    monkeypatch.setattr(
+        state.versions, "set_default", lambda server, model, version: server.set_default(model, version)
+    )
     return stub
 
 
@@ -113,13 +115,32 @@ def test_an_aborted_rollout_leaves_the_baseline(server: Stub):
     assert (server.default, server.asked) == ("1.0", ["1.0"])
 
 
+def test_with_its_server_away_a_rollout_can_be_aborted_all_the_same(server: Stub, monkeypatch: pytest.MonkeyPatch):
+    begin(server, 50.0)
+
+    def away(_: object) -> Stub:
+        raise UsageError("no server is running")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Server, "attach", away)
+        for action in (run.promote, run.abort):
+            with pytest.raises(UsageError, match="no server is running"):
+                action(server.state_dir, "cough", "worse")
+            left = Rollout.read(server.state_dir, "cough")
+            assert left is not None
+            assert left.pending == (None if action is run.promote else "abort")
+    assert routed(server) == "rollout cough 1.0 2.0 0 -\n"
+    assert run.abort(server.state_dir, "cough", "worse").phase == "aborted"
+
+
 @pytest.mark.parametrize(
     ("model", "candidate", "percent", "message"),
     [
         ("nobody", "2.0", 5.0, "no model nobody is registered"),
-        ("cough", "9.0", 5.0, "cough 9.0 is not registered; registered: 1.0, 2.0, 3.0"),
+        ("cough", "9.0", 5.0, "cough 9.0 is not registered; registered: 1.0, 2.0, 3.0, 2.0"),
         ("cough", "1.0", 5.0, "cough 1.0 is the default version already"),
         ("cough", "3.0", 5.0, "cough 3.0 has no worker that is ready"),
+        ("cough", "2." + "0" * 200, 5.0, "is 202 characters long; expected 127 or fewer"),
         ("cough", "2.0", 0.0, "the candidate would get nothing"),
         ("cough", "2.0", 101.0, "percent is 101; expected 0 to 100, in steps of 0.1"),
         ("cough", "2.0", 0.05, "percent is 0.05; expected"),
@@ -131,6 +152,7 @@ def test_an_aborted_rollout_leaves_the_baseline(server: Stub):
     ],
 )
 def test_what_cannot_be_tried_is_refused(server: Stub, model: str, candidate: str, percent: float, message: str):
+    server.workers["2." + "0" * 200] = ["READY"]
     with pytest.raises(UsageError, match=message):
         state.start(server, model, candidate, percent, False, None)
     assert state.rollouts(server.state_dir) == []

@@ -21,7 +21,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
+from model_signing import verifying
 
+from skewless.cli.retraining import _key
 from skewless.errors import LoadError, SignatureError, UsageError
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging import signing
@@ -113,6 +115,15 @@ def test_a_signature_changes_nothing_else(tmp_path: Path, keys: Path, trusted: T
     assert [each.name for each in tmp_path.iterdir()] == ["echo-1.0.mar"]
 
 
+def test_no_file_is_left_out(tmp_path: Path, keys: Path, trusted: TrustedKeys):
+    """As model-signing leaves git's out unless told otherwise."""
+    path = pack(tmp_path / "echo-1.0.mar", {**FILES, ".gitattributes": "*.safetensors binary"})
+    assert signing.sign_archive(path, SigningKey.read(keys / "ours")).files == len(FILES) + 1
+    pack(path, unpacked(path) | {".gitattributes": b"*.py binary"})
+    with pytest.raises(SignatureError, match=r"other content than was signed: \.gitattributes"):
+        signing.verify_archive(path, trusted)
+
+
 def changed(name: str) -> Callable[[dict[str, bytes]], None]:
     def change(files: dict[str, bytes]) -> None:
         files[name] = files[name].replace(b"e", b"E", 1)
@@ -131,7 +142,6 @@ ALTERED: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
         lambda files: files.update({"sitecustomize.py": b""}),
         "files that were not signed: sitecustomize.py",
     ),
-    # model-signing leaves these out unless told otherwise.
     "a hidden file more": (
         lambda files: files.update({".git/hook.py": b""}),
         r"files that were not signed: \.git/hook.py",
@@ -300,7 +310,9 @@ def test_model_signing_verifies_what_we_sign(signed: Path, keys: Path, tmp_path:
     folder = tmp_path / "echo-1.0"
     with zipfile.ZipFile(signed) as archive:
         archive.extractall(folder)
-    verify = ("verify", "key", folder, "--signature", folder / SIGNATURE, "--public_key", keys / "ours.pub")
+    public = keys / "ours.pub"
+    verifying.Config().use_elliptic_key_verifier(public_key=public).verify(folder, folder / SIGNATURE)
+    verify = ("verify", "key", folder, "--signature", folder / SIGNATURE, "--public_key", public)
     done = model_signing(*verify)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "entry.py").write_text("steal()")
@@ -709,6 +721,20 @@ def test_a_server_without_keys_takes_any_archive_unless_the_shell_has_keys(store
         assert worker(server).cmdline()[1].endswith("model_service_worker.py")
     finally:
         server.stop()
+
+
+def test_a_retraining_needs_a_key_that_the_server_trusts(keys: Path, tmp_path: Path):
+    """Which is known before hours of training."""
+    address = dict.fromkeys(("inference_url", "management_url", "metrics_url", "grpc_address"), "")
+    trusting = Server(tmp_path, tmp_path, 1, **address, trusted_keys=keys / "ours.pub")
+    with pytest.raises(
+        UsageError, match=r"the server takes archives only that are signed with a key of .*; give --sign KEY"
+    ):
+        _key(trusting, None)
+    with pytest.raises(UsageError, match="foreign is none of those that the server trusts"):
+        _key(trusting, keys / "foreign")
+    assert _key(trusting, keys / "ours") == SigningKey.read(keys / "ours")
+    assert _key(Server(tmp_path, tmp_path, 1, **address), None) is None
 
 
 def test_a_state_of_before_the_keys_is_read(tmp_path: Path):

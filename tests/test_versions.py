@@ -225,108 +225,117 @@ class Registry:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Registry:
+def registry(tmp_path: Path) -> Registry:
     return Registry(tmp_path)
 
 
-def test_what_was_registered_scaled_and_default_comes_back(server: Registry):
+def test_what_was_registered_scaled_and_default_comes_back(registry: Registry):
     for version in ("1.0", "2.0", "10.0"):
-        versions.register(server, server.archive(version), workers=3 if version == "2.0" else None)
-    versions.set_default(server, "echo", "10.0")
-    versions.set_default(server, "echo", "2.0")
-    versions.scale(server, "echo", "10.0", 4)
-    assert server.log() == [
+        versions.register(registry, registry.archive(version), workers=3 if version == "2.0" else None)
+    versions.set_default(registry, "echo", "10.0")
+    versions.set_default(registry, "echo", "2.0")
+    versions.scale(registry, "echo", "10.0", 4)
+    assert registry.log() == [
         *[("register", version, "done") for version in ("1.0", "2.0", "10.0")],
         *[("default", version, "done") for version in ("10.0", "2.0")],
         ("scale", "10.0", "done"),
     ]
-    served, restored = server.restarted()
+    served, restored = registry.restarted()
     # The default one comes first, so that nothing else is the default meanwhile.
     assert served == [("2.0", True), ("1.0", False), ("10.0", False)]
-    assert [call[1:3] for call in server.calls] == [("2.0", 3), ("1.0", None), ("10.0", 4)]
+    assert [call[1:3] for call in registry.calls] == [("2.0", 3), ("1.0", None), ("10.0", 4)]
     assert restored == Restored()
-    assert server.restarted(whole_store=True)[0] == served
+    assert registry.restarted(whole_store=True)[0] == served
 
 
-def test_a_first_version_stays_the_default_beside_others(server: Registry):
+def test_a_first_version_stays_the_default_beside_others(registry: Registry):
     """Nobody said --default: what answered stays what answers."""
-    versions.register(server, server.archive("1.0"))
-    versions.register(server, server.archive("2.0"))
-    assert server.restarted()[0] == server.restarted(whole_store=True)[0] == [("1.0", True), ("2.0", False)]
+    versions.register(registry, registry.archive("1.0"))
+    versions.register(registry, registry.archive("2.0"))
+    assert registry.restarted()[0] == registry.restarted(whole_store=True)[0] == [("1.0", True), ("2.0", False)]
 
 
-def test_without_a_choice_the_highest_of_the_store_is_the_default(server: Registry):
-    server.archive("1.0"), server.archive("9.0")
-    assert server.restarted(whole_store=True)[0] == [("1.0", False), ("9.0", True)]
-    server.archive("10.0")
-    assert server.restarted(whole_store=True)[0] == [("1.0", False), ("9.0", False), ("10.0", True)]
+def test_without_a_choice_the_highest_of_the_store_is_the_default(registry: Registry):
+    registry.archive("1.0"), registry.archive("9.0")
+    assert registry.restarted(whole_store=True)[0] == [("1.0", False), ("9.0", True)]
+    registry.archive("10.0")
+    assert registry.restarted(whole_store=True)[0] == [("1.0", False), ("9.0", False), ("10.0", True)]
     # `serve start` brings back what somebody registered, and that nobody did.
-    assert server.restarted()[0] == []
+    assert registry.restarted()[0] == []
     # From here on somebody has chosen.
-    server.restarted(whole_store=True)
-    versions.set_default(server, "echo", "9.0")
-    server.archive("11.0")
-    assert server.restarted(whole_store=True)[0] == [("9.0", True), ("1.0", False), ("10.0", False), ("11.0", False)]
+    registry.restarted(whole_store=True)
+    versions.set_default(registry, "echo", "9.0")
+    registry.archive("11.0")
+    assert registry.restarted(whole_store=True)[0] == [("9.0", True), ("1.0", False), ("10.0", False), ("11.0", False)]
 
 
-def test_a_version_registered_beside_the_store_does_not_take_over_at_a_restart(server: Registry):
-    server.archive("1.0")
-    server.restarted(whole_store=True)
-    versions.register(server, server.archive("2.0"))
-    assert server.restarted(whole_store=True)[0] == [("1.0", True), ("2.0", False)]
+def test_a_version_registered_beside_the_store_does_not_take_over_at_a_restart(registry: Registry):
+    registry.archive("1.0")
+    registry.restarted(whole_store=True)
+    versions.register(registry, registry.archive("2.0"))
+    served = [("1.0", True), ("2.0", False)]
+    assert registry.restarted(whole_store=True)[0] == registry.restarted()[0] == served
 
 
-def test_a_retired_version_stays_away_until_it_is_registered(server: Registry):
+def test_what_was_served_from_the_store_has_taken_its_version(registry: Registry):
+    registry.archive("1.0")
+    assert registry.restarted(whole_store=True)[0] == [("1.0", True)]
+    with pytest.raises(UsageError, match=r"has had echo 1\.0 with other content"):
+        versions.register(registry, registry.archive("1.0", content="other"))
+    assert "has had echo 1.0 with other content" in registry.restarted(True)[1].left_out["echo-1.0.mar"]
+
+
+def test_a_retired_version_stays_away_until_it_is_registered(registry: Registry):
     for version in ("1.0", "2.0", "3.0"):
-        versions.register(server, server.archive(version))
-    versions.set_default(server, "echo", "2.0")
-    versions.retire(server, "echo", "3.0")
-    assert [row["version"] for row in server.rows] == ["1.0", "2.0"]
-    assert server.restarted()[0] == server.restarted(whole_store=True)[0] == [("2.0", True), ("1.0", False)]
-    versions.register(server, server.model_store / "echo-3.0.mar")
-    assert server.restarted()[0] == [("2.0", True), ("1.0", False), ("3.0", False)]
+        versions.register(registry, registry.archive(version))
+    versions.set_default(registry, "echo", "2.0")
+    versions.retire(registry, "echo", "3.0")
+    assert [row["version"] for row in registry.rows] == ["1.0", "2.0"]
+    assert registry.restarted()[0] == registry.restarted(whole_store=True)[0] == [("2.0", True), ("1.0", False)]
+    versions.register(registry, registry.model_store / "echo-3.0.mar")
+    assert registry.restarted()[0] == [("2.0", True), ("1.0", False), ("3.0", False)]
 
 
 @pytest.mark.parametrize("phase", ["shadow", "split", "promoted", "aborted"])
-def test_a_version_of_a_running_rollout_is_not_retired(server: Registry, phase: str):
+def test_a_version_of_a_running_rollout_is_not_retired(registry: Registry, phase: str):
     for version in ("1.0", "2.0", "3.0"):
-        versions.register(server, server.archive(version))
-    (server.state_dir / "rollouts").mkdir()
-    rollout = server.state_dir / "rollouts" / "echo.json"
+        versions.register(registry, registry.archive(version))
+    (registry.state_dir / "rollouts").mkdir()
+    rollout = registry.state_dir / "rollouts" / "echo.json"
     rollout.write_text(json.dumps({"phase": phase, "baseline": "1.0", "candidate": "2.0"}))
-    versions.retire(server, "echo", "3.0")
+    versions.retire(registry, "echo", "3.0")
     if phase in ("shadow", "split"):
         with pytest.raises(
             UsageError, match=r"echo 2\.0 is part of a rollout that has not ended; .* rollout abort echo"
         ):
-            versions.retire(server, "echo", "2.0")
+            versions.retire(registry, "echo", "2.0")
     else:
         rollout.write_text("{")
         with pytest.raises(UsageError, match=r"cannot be read in .*echo\.json"):
-            versions.retire(server, "echo", "2.0")
+            versions.retire(registry, "echo", "2.0")
         rollout.write_text(json.dumps({"phase": phase, "baseline": "1.0", "candidate": "2.0"}))
-        versions.retire(server, "echo", "2.0")
+        versions.retire(registry, "echo", "2.0")
 
 
-def test_what_cannot_be_is_refused_and_noted(server: Registry):
-    versions.register(server, server.archive("1.0"))
+def test_what_cannot_be_is_refused_and_noted(registry: Registry):
+    versions.register(registry, registry.archive("1.0"))
     with pytest.raises(UsageError, match=r"echo 1\.0 is the only version of echo"):
-        versions.retire(server, "echo", "1.0")
-    versions.register(server, server.archive("2.0"))
-    before = (server.rows.copy(), Record.read(server.state_dir))
+        versions.retire(registry, "echo", "1.0")
+    versions.register(registry, registry.archive("2.0"))
+    before = (registry.rows.copy(), Record.read(registry.state_dir))
     with pytest.raises(UsageError, match=r"1\.0 is the default version; .* `skewless versions default echo 2\.0`"):
-        versions.retire(server, "echo", "1.0")
+        versions.retire(registry, "echo", "1.0")
     for act in (versions.retire, versions.set_default, lambda *which: versions.scale(*which, 2)):
         with pytest.raises(UsageError, match=r"echo 3\.0 is not registered; registered: echo 1\.0, echo 2\.0"):
-            act(server, "echo", "3.0")
-    (server.model_store / "cut.mar").write_bytes(b"no archive")
+            act(registry, "echo", "3.0")
+    (registry.model_store / "cut.mar").write_bytes(b"no archive")
     with pytest.raises(UsageError, match="is not a model archive"):
-        versions.register(server, server.model_store / "cut.mar")
-    server.fails = ("4.0",)
+        versions.register(registry, registry.model_store / "cut.mar")
+    registry.fails = ("4.0",)
     with pytest.raises(LoadError, match="the self-test failed"):
-        versions.register(server, server.archive("4.0"), default=True)
-    assert (server.rows, Record.read(server.state_dir)) == before
-    assert server.log()[1:] == [
+        versions.register(registry, registry.archive("4.0"), default=True)
+    assert (registry.rows, Record.read(registry.state_dir)) == before
+    assert registry.log()[1:] == [
         ("retire", "1.0", "refused"),
         ("register", "2.0", "done"),
         ("retire", "1.0", "refused"),
@@ -336,69 +345,69 @@ def test_what_cannot_be_is_refused_and_noted(server: Registry):
         ("register", None, "refused"),
         ("register", "4.0", "failed"),
     ]
-    last = Audit(server.state_dir).read()[0][-1]
+    last = Audit(registry.state_dir).read()[0][-1]
     assert last["detail"] == "as the default version: the self-test failed" and len(last["digest"]) == 64
 
 
-def test_other_content_under_a_version_is_refused(server: Registry):
-    versions.register(server, server.archive("1.0"))
-    versions.register(server, server.archive("2.0"))
-    versions.retire(server, "echo", "2.0")
-    second = server.archive("2.0", content="other")
+def test_other_content_under_a_version_is_refused(registry: Registry):
+    versions.register(registry, registry.archive("1.0"))
+    versions.register(registry, registry.archive("2.0"))
+    versions.retire(registry, "echo", "2.0")
+    second = registry.archive("2.0", content="other")
     with pytest.raises(
         UsageError, match=r"has had echo 2\.0 with other content .* build the archive with a new version"
     ):
-        versions.register(server, second)
+        versions.register(registry, second)
     # The same content, zipped again, is the same.
-    server.archive("2.0")
-    versions.register(server, second)
+    registry.archive("2.0")
+    versions.register(registry, second)
     # One that never loaded has taken no version.
-    server.fails = ("3.0",)
+    registry.fails = ("3.0",)
     with pytest.raises(LoadError):
-        versions.register(server, server.archive("3.0", content="does not load"))
-    server.fails = ()
-    versions.register(server, server.archive("3.0", content="mended"))
+        versions.register(registry, registry.archive("3.0", content="does not load"))
+    registry.fails = ()
+    versions.register(registry, registry.archive("3.0", content="mended"))
     # A restart does not serve it either.
-    server.archive("3.0", content="changed behind its back")
-    served, restored = server.restarted(whole_store=True)
+    registry.archive("3.0", content="changed behind its back")
+    served, restored = registry.restarted(whole_store=True)
     assert served == [("1.0", True), ("2.0", False)]
     assert "has had echo 3.0 with other content" in restored.left_out["echo-3.0.mar"]
 
 
-def test_a_recorded_default_that_does_not_load_comes_back_when_it_does(server: Registry):
+def test_a_recorded_default_that_does_not_load_comes_back_when_it_does(registry: Registry):
     for version in ("1.0", "2.0", "3.0"):
-        versions.register(server, server.archive(version))
-    versions.set_default(server, "echo", "2.0")
-    served, restored = server.restarted(fails=("2.0",))
+        versions.register(registry, registry.archive(version))
+    versions.set_default(registry, "echo", "2.0")
+    served, restored = registry.restarted(fails=("2.0",))
     assert served == [("1.0", False), ("3.0", True)]
     assert restored.left_out == {"echo-2.0.mar": "the self-test failed"}
     assert restored.stand_ins["echo"].startswith(
         "echo 2.0 is recorded as the default version, but was left out; 3.0 answers instead, until it loads"
     )
     # What is done meanwhile does not forget it.
-    server.fails = ()
-    versions.register(server, server.archive("4.0"))
-    versions.scale(server, "echo", "1.0", 2)
-    assert server.restarted()[0] == [("2.0", True), ("1.0", False), ("3.0", False), ("4.0", False)]
-    server.restarted(fails=("2.0",))
-    server.fails = ()
-    assert versions.register(server, server.model_store / "echo-2.0.mar")["default"]
+    registry.fails = ()
+    versions.register(registry, registry.archive("4.0"))
+    versions.scale(registry, "echo", "1.0", 2)
+    assert registry.restarted()[0] == [("2.0", True), ("1.0", False), ("3.0", False), ("4.0", False)]
+    registry.restarted(fails=("2.0",))
+    registry.fails = ()
+    assert versions.register(registry, registry.model_store / "echo-2.0.mar")["default"]
     # Unless another one is chosen.
-    server.restarted(fails=("2.0",))
+    registry.restarted(fails=("2.0",))
     with pytest.raises(UsageError, match=r"2\.0 is the default version"):
-        versions.retire(server, "echo", "2.0")
-    versions.set_default(server, "echo", "1.0")
-    versions.retire(server, "echo", "2.0")
-    assert server.restarted()[0] == [("1.0", True), ("3.0", False), ("4.0", False)]
+        versions.retire(registry, "echo", "2.0")
+    versions.set_default(registry, "echo", "1.0")
+    versions.retire(registry, "echo", "2.0")
+    assert registry.restarted()[0] == [("1.0", True), ("3.0", False), ("4.0", False)]
 
 
-def test_an_archive_that_is_gone_or_another_keeps_no_other_away(server: Registry):
+def test_an_archive_that_is_gone_or_another_keeps_no_other_away(registry: Registry):
     for version in ("1.0", "2.0", "3.0"):
-        versions.register(server, server.archive(version))
-    versions.register(server, server.archive("1.0", "tiny"))
-    (server.model_store / "echo-1.0.mar").unlink()
-    shutil.copy(server.model_store / "tiny-1.0.mar", server.model_store / "echo-2.0.mar")
-    served, restored = server.restarted()
+        versions.register(registry, registry.archive(version))
+    versions.register(registry, registry.archive("1.0", "tiny"))
+    (registry.model_store / "echo-1.0.mar").unlink()
+    shutil.copy(registry.model_store / "tiny-1.0.mar", registry.model_store / "echo-2.0.mar")
+    served, restored = registry.restarted()
     assert served == [("3.0", True), ("1.0", True)]
     assert (
         "is gone; put it back, or leave it out for good with `skewless versions retire echo 1.0`"
@@ -406,30 +415,30 @@ def test_an_archive_that_is_gone_or_another_keeps_no_other_away(server: Registry
     )
     assert "it holds tiny 1.0, and echo 2.0 was registered from it" in restored.left_out["echo-2.0.mar"]
     assert set(restored.stand_ins) == {"echo"}
-    assert ("restore", "1.0", "refused") in server.log() and ("restore", "3.0", "done") in server.log()
+    assert ("restore", "1.0", "refused") in registry.log() and ("restore", "3.0", "done") in registry.log()
 
 
-def test_a_server_that_ends_during_a_restore_is_told(server: Registry, monkeypatch: pytest.MonkeyPatch):
-    versions.register(server, server.archive("1.0"))
-    monkeypatch.setattr(server, "process", lambda: None)
+def test_a_server_that_ends_during_a_restore_is_told(registry: Registry, monkeypatch: pytest.MonkeyPatch):
+    versions.register(registry, registry.archive("1.0"))
+    monkeypatch.setattr(registry, "process", lambda: None)
     with pytest.raises(LoadError):
-        server.restarted(fails=("1.0",))
+        registry.restarted(fails=("1.0",))
 
 
-def test_what_is_forgotten_is_free_again_and_noted(server: Registry):
-    versions.register(server, server.archive("1.0"))
-    versions.forget(server)
-    assert server.restarted()[0] == []
-    versions.register(server, server.archive("1.0", content="other"))
-    (server.state_dir / "versions.json").write_text("{")
-    versions.forget(server)
-    versions.forget(server)
-    assert [entry for entry in server.log() if entry[0] == "forget"] == [("forget", None, "done")] * 2
+def test_what_is_forgotten_is_free_again_and_noted(registry: Registry):
+    versions.register(registry, registry.archive("1.0"))
+    versions.forget(registry)
+    assert registry.restarted()[0] == []
+    versions.register(registry, registry.archive("1.0", content="other"))
+    (registry.state_dir / "versions.json").write_text("{")
+    versions.forget(registry)
+    versions.forget(registry)
+    assert [entry for entry in registry.log() if entry[0] == "forget"] == [("forget", None, "done")] * 2
 
 
-def test_an_action_that_cannot_be_recorded_says_so(server: Registry, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_an_action_that_cannot_be_recorded_says_so(registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys):
     for version in ("1.0", "2.0"):
-        versions.register(server, server.archive(version))
+        versions.register(registry, registry.archive(version))
 
     def full(*_: object, **__: object) -> None:
         raise ServerError("no space left")
@@ -439,22 +448,22 @@ def test_an_action_that_cannot_be_recorded_says_so(server: Registry, monkeypatch
         with pytest.raises(
             ServerError, match=r"default of echo 2\.0 is done, but a restart does not know of it: no space"
         ):
-            versions.set_default(server, "echo", "2.0")
-        assert server.rows[1]["default"]
+            versions.set_default(registry, "echo", "2.0")
+        assert registry.rows[1]["default"]
     with monkeypatch.context() as patch:
         patch.setattr(Audit, "record", full)
         with pytest.raises(ServerError, match=r"default of echo 2\.0 is done, but not in the audit log: no space left"):
-            versions.set_default(server, "echo", "2.0")
+            versions.set_default(registry, "echo", "2.0")
         # A refusal stays what it is.
         with pytest.raises(UsageError, match=r"2\.0 is the default version"):
-            versions.retire(server, "echo", "2.0")
+            versions.retire(registry, "echo", "2.0")
         assert capsys.readouterr().err == "no space left\n"
-    assert Record.read(server.state_dir).default("echo") == "2.0"
+    assert Record.read(registry.state_dir).default("echo") == "2.0"
 
 
-def test_actions_of_several_at_once_come_one_after_the_other(server: Registry, monkeypatch: pytest.MonkeyPatch):
+def test_actions_of_several_at_once_come_one_after_the_other(registry: Registry, monkeypatch: pytest.MonkeyPatch):
     for version in ("1.0", "2.0"):
-        versions.register(server, server.archive(version))
+        versions.register(registry, registry.archive(version))
     inside: list[str] = []
 
     def slow(name: str, version: str, workers: int) -> dict:
@@ -462,30 +471,30 @@ def test_actions_of_several_at_once_come_one_after_the_other(server: Registry, m
         assert inside.count("begun") - inside.count("ended") == 1
         time.sleep(0.05)
         inside.append("ended")
-        return server.rows[0]
+        return registry.rows[0]
 
-    monkeypatch.setattr(server, "scale", slow)
+    monkeypatch.setattr(registry, "scale", slow)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda workers: versions.scale(server, "echo", "1.0", workers), range(1, 9)))
-    details = [each["detail"] for each in Audit(server.state_dir).read()[0] if each["action"] == "scale"]
+        list(pool.map(lambda workers: versions.scale(registry, "echo", "1.0", workers), range(1, 9)))
+    details = [each["detail"] for each in Audit(registry.state_dir).read()[0] if each["action"] == "scale"]
     assert sorted(details) == [f"workers: {number}" for number in range(1, 9)]
     # The last line is what is recorded.
-    assert f"workers: {Record.read(server.state_dir).of('echo', '1.0').workers}" == details[-1]
+    assert f"workers: {Record.read(registry.state_dir).of('echo', '1.0').workers}" == details[-1]
 
 
-def test_an_interrupted_action_is_noted_and_holds_nothing(server: Registry, monkeypatch: pytest.MonkeyPatch):
-    versions.register(server, server.archive("1.0"))
+def test_an_interrupted_action_is_noted_and_holds_nothing(registry: Registry, monkeypatch: pytest.MonkeyPatch):
+    versions.register(registry, registry.archive("1.0"))
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(server, "scale", interrupted)
+        patch.setattr(registry, "scale", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            versions.scale(server, "echo", "1.0", 2)
-    assert server.log()[-1] == ("scale", "1.0", "interrupted")
-    versions.scale(server, "echo", "1.0", 2)
-    assert server.log()[-1] == ("scale", "1.0", "done")
+            versions.scale(registry, "echo", "1.0", 2)
+    assert registry.log()[-1] == ("scale", "1.0", "interrupted")
+    versions.scale(registry, "echo", "1.0", 2)
+    assert registry.log()[-1] == ("scale", "1.0", "done")
 
 
 # --- a real TorchServe ------------------------------------------------------------------------------------------------
@@ -657,15 +666,18 @@ def test_two_operators_at_once_wait_for_each_other(place: Place):
     server = Server.attach(place.state)
     archive = str(place.store / "echo-2.0.mar")
     with operator("ada", "register", archive) as ada:
-        deadline = time.monotonic() + 60
-        while len(server.models()) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        with operator("ben", "versions", "default", "echo", "2.0") as ben:
-            assert ben.stderr.readline() == "waiting for another action on this server to end\n"
-            assert ada.poll() is None and place.answers() == {"1.0"}
+        try:
+            deadline = time.monotonic() + 60
+            while len(server.models()) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            with operator("ben", "versions", "default", "echo", "2.0") as ben:
+                assert ben.stderr.readline() == "waiting for another action on this server to end\n"
+                assert ada.poll() is None and place.answers() == {"1.0"}
+                flag.touch()
+                assert (ada.wait(60), ben.wait(60)) == (0, 0)
+        finally:
             flag.touch()
-            assert (ada.wait(60), ben.wait(60)) == (0, 0)
     assert place.answers() == {"2.0"}
     entries = Audit(place.state).read("echo")[0][-2:]
     assert [(each["actor"], each["action"], each["version"], each["outcome"]) for each in entries] == [

@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -144,6 +145,16 @@ def publish(result: Result) -> None:
 
 def _print(result: Result, as_json: bool, file: TextIO) -> None:
     print(json.dumps(_plain(result.data), indent=2) if as_json else result.text, file=file, flush=True)
+
+
+@contextlib.contextmanager
+def undone_by_a_signal() -> Iterator[None]:
+    """Let SIGTERM raise in the block, as Ctrl-C does, so that what is interrupted is taken back."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def device_of(name: str) -> torch.device:

@@ -91,11 +91,10 @@ def run_gateway(
 @command(gateway, "stop")
 def stop_gateway(state_dir: StateDir = STATE_DIR) -> Result:
     """End the gateway once the requests under way are answered."""
-    from skewless.rollout.gateway import Gateway
+    from skewless.rollout.gateway import stop
 
-    running = Gateway.attach(state_dir)
-    running.stop()
-    return Result({"stopped": running.pid}, f"stopped process {running.pid}")
+    stopped = stop(state_dir)
+    return Result({"stopped": stopped}, f"stopped process {stopped}")
 
 
 @command(gateway, "status")
@@ -122,6 +121,14 @@ def start_rollout(
     policy: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Steps, and what is tolerated.", show_default="ours")
     ] = None,
+    target: Annotated[
+        Literal["gateway", "kubernetes"],
+        typer.Option(help="Who splits: kubernetes writes patches, and starts nothing."),
+    ] = "gateway",
+    baseline: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="For kubernetes: the version that is served now.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="For kubernetes: where the patches go.")] = None,
     state_dir: StateDir = STATE_DIR,
 ) -> Result:
     """Let a new version answer some clients beside the default one, or copies of their requests."""
@@ -129,6 +136,19 @@ def start_rollout(
     from skewless.rollout.gateway import Gateway, follow
     from skewless.torchserve.server import Server
 
+    if target == "kubernetes":
+        if baseline is None or out is None:
+            raise UsageError(
+                "--target kubernetes needs --baseline VERSION, which is served now, and --out DIR for the patches"
+            )
+        if percent is not None or shadow:
+            raise UsageError(
+                "with --target kubernetes the steps are the policy's; write them into one, instead of --percent"
+            )
+        written = run.kubernetes_patches(model, baseline, candidate, policy, out)
+        return Result({"patches": written}, "\n".join(str(file) for file in written))
+    if baseline is not None or out is not None:
+        raise UsageError("--baseline and --out belong to --target kubernetes")
     server = Server.attach(state_dir)
     Gateway.attach(state_dir)
     if percent is None and not shadow:
@@ -187,6 +207,41 @@ def abort(model: Model, why: Why = _ASKED, state_dir: StateDir = STATE_DIR) -> R
     from skewless.rollout import run
 
     return _told(run.abort(Path(state_dir).resolve(), model, why))
+
+
+@command(rollout, "explain")
+def explain_rollout(
+    model: Model,
+    count: Annotated[int, typer.Option(help="Of how many files.")] = 5,
+    state_dir: StateDir = STATE_DIR,
+) -> Result:
+    """Name the first stage at which the two versions differ, for the shadowed files that moved most.
+
+    For files that were kept: start the server with SKEWLESS_KEEP_UPLOADS=100 in its environment. Both archives' code runs here.
+    """
+    from skewless.rollout.judge import evidence_of
+    from skewless.rollout.shadow import explain
+
+    folder = Path(state_dir).resolve()
+    found = explain(evidence_of(folder, _known(folder, model)), count)
+    return Result(found, "\n".join(map(str, found)) or "no file that was kept got another probability")
+
+
+@command(rollout, "label")
+def label_rollout(
+    model: Model,
+    labels: Annotated[
+        Path, typer.Argument(metavar="CSV", help="With the columns label and request_id, sha256 or file.")
+    ],
+    state_dir: StateDir = STATE_DIR,
+) -> Result:
+    """Join labels that are known by now with what both versions answered: accuracy and AUC with intervals."""
+    from skewless.rollout.judge import evidence_of
+    from skewless.rollout.labels import as_text, by_labels
+
+    folder = Path(state_dir).resolve()
+    found = by_labels(evidence_of(folder, _known(folder, model)), labels)
+    return Result(found, as_text(found))
 
 
 @command(rollout, "run")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from skewless import resources
-from skewless.cli.frame import FAILED, SERVE, STATE_DIR, Result, StateDir, app, command, publish
+from skewless.cli.frame import FAILED, SERVE, STATE_DIR, Result, StateDir, app, command, publish, undone_by_a_signal
 from skewless.errors import ServerError, UsageError
 
 if TYPE_CHECKING:
@@ -61,18 +61,17 @@ def start(
     from skewless.torchserve import versions
     from skewless.torchserve.server import Server
 
-    # As an exception, so that a signal during the start stops what was started, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    server = Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys)
-    restored = versions.Restored()
-    try:
-        if forget:
-            versions.forget(server)
-        versions.restore(server, restored)
-        return _started(server, restored)
-    except BaseException:
-        server.stop()
-        raise
+    with undone_by_a_signal():
+        server = Server.start(model_store, state_dir, config, ports, trusted_keys=trusted_keys)
+        restored = versions.Restored()
+        try:
+            if forget:
+                versions.forget(server)
+            versions.restore(server, restored)
+            return _started(server, restored)
+        except BaseException:
+            server.stop()
+            raise
 
 
 @command(serve, "stop")

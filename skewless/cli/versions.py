@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from skewless.cli.frame import SERVE, STATE_DIR, Result, StateDir, app, command
+from skewless.cli.frame import SERVE, STATE_DIR, Result, StateDir, app, command, undone_by_a_signal
 from skewless.errors import LoadError, UsageError
 
 versions = typer.Typer(
@@ -72,10 +70,10 @@ def register(
     from skewless.torchserve import versions as actions
     from skewless.torchserve.server import Server
 
-    _end_as_exception()
     server = Server.attach(state_dir)
     try:
-        model = actions.register(server, archive, workers, default)
+        with undone_by_a_signal():
+            model = actions.register(server, archive, workers, default)
     except LoadError as error:
         log = server.state_dir / "logs" / "model_log.log"
         raise LoadError(f"{archive} does not load: {error}\nunregistered again; details in {log}") from error
@@ -111,8 +109,8 @@ def scale(
     from skewless.torchserve import versions as actions
     from skewless.torchserve.server import Server
 
-    _end_as_exception()
-    row = actions.scale(Server.attach(state_dir), model, version, workers)
+    with undone_by_a_signal():
+        row = actions.scale(Server.attach(state_dir), model, version, workers)
     return Result(row, f"{model} {version}: workers {', '.join(row['workers'])}")
 
 
@@ -144,8 +142,3 @@ def log(model: Only = None, state_dir: StateDir = STATE_DIR) -> Result:
     if unreadable:
         text += f"\n{unreadable} of its lines cannot be read"
     return Result({"entries": entries, "unreadable": unreadable}, text)
-
-
-def _end_as_exception() -> None:
-    """Let SIGTERM raise, so that what is interrupted is taken back."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -17,6 +17,7 @@ from skewless.core.telemetry import EDGES
 # The customary reading of a population stability index: below the first, nothing; from the second on, another distribution.
 # Siddiqi, "Credit Risk Scorecards", 2006, chapter 8.
 NOTICEABLE, LARGE = 0.1, 0.25
+FEWEST = 10  # in each bin of what live values are compared with
 
 
 @dataclass(frozen=True)
@@ -40,28 +41,39 @@ class Drift:
 
 
 def between_samples(between: str, live: Sequence[float], other: Sequence[float]) -> Drift | None:
-    """Two samples of live probabilities; None where one is empty."""
-    if not live or not other:
+    """Two samples of live probabilities; None where one of them is too small for an index."""
+    if (value := psi(_counts(live, EDGES), _counts(other, EDGES))) is None:
         return None
     test = ks_2samp(live, other)
-    value = psi(_counts(live, EDGES), _counts(other, EDGES))
     return Drift(between, len(live), value, float(test.statistic), float(test.pvalue))
 
 
 def from_histogram(between: str, live: Sequence[float], histogram: Mapping[str, Any] | None) -> Drift | None:
-    """Live probabilities against the histogram of an archive's evaluation; None where one is missing."""
-    if not live or not histogram or not sum(histogram["counts"]):
+    """Live probabilities against the histogram of an archive's evaluation; None where it is missing, or too small."""
+    if not histogram or (value := psi(_counts(live, histogram["edges"]), np.array(histogram["counts"]))) is None:
         return None
-    return Drift(between, len(live), psi(_counts(live, histogram["edges"]), np.array(histogram["counts"])))
+    return Drift(between, len(live), value)
 
 
-def psi(live: np.ndarray, other: np.ndarray) -> float:
+def psi(live: np.ndarray, other: np.ndarray) -> float | None:
     """The population stability index of two histograms `(bins,)` of counts: sum (p - q) log(p / q) over the bins' shares, which is
     the symmetrised Kullback-Leibler divergence, at least 0.
 
-    Half a count is added to every bin: the logarithm of an empty one is infinite.
+    Neighbouring bins are joined until each has FEWEST of `other`, and None is returned where that leaves one: of equal
+    distributions the index is about (bins - 1) (1 / n + 1 / m), for n and m values. Half a count is added to every bin: the
+    logarithm of an empty one is infinite.
     """
-    p, q = ((counts + 0.5) / (counts + 0.5).sum() for counts in (live, other))
+    starts, left = [0], int(other.sum())
+    count = 0
+    for place, each in enumerate(other.tolist()):
+        if count >= FEWEST and left >= FEWEST:
+            starts.append(place)
+            count = 0
+        count += each
+        left -= each
+    if len(starts) < 2 or not live.sum():
+        return None
+    p, q = ((each + 0.5) / (each + 0.5).sum() for each in (np.add.reduceat(counts, starts) for counts in (live, other)))
     return float(((p - q) * np.log(p / q)).sum())
 
 

@@ -9,9 +9,9 @@ import gzip
 import json
 import math
 import os
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -37,14 +37,15 @@ Arm = Literal["baseline", "candidate", "shadow"]
 class Sent:
     """One request that reached the gateway, or a copy of one.
 
-    client: who sent it, as a hash; empty where that is not known. seconds: that the server took, with its queue; None where no
-    server answered.
+    client: who sent it, as a hash; empty where that is not known. grpc: by which protocol. seconds: that the server took, with its
+    queue; None where no server answered.
     """
 
     time: float
     id: str
     client: str
     arm: Arm
+    grpc: bool
     failed: bool
     seconds: float | None
 
@@ -136,40 +137,51 @@ class Evidence:
 
     def after(self, time: float) -> Evidence:
         """The part from a moment on."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        values["sent"] = tuple(each for each in self.sent if each.time >= time)
-        values["answered"] = {
-            arm: tuple(each for each in found if each.time >= time) for arm, found in self.answered.items()
-        }
-        return Evidence(**values)
+        return replace(
+            self,
+            sent=tuple(each for each in self.sent if each.time >= time),
+            answered={arm: tuple(each for each in found if each.time >= time) for arm, found in self.answered.items()},
+        )
 
     def requests(self, arm: Arm) -> list[Sent]:
-        """The requests of an arm, by time. One failed, too, when its worker said so in its journal."""
-        faults = {each.id for each in self.answered[arm] if each.status >= 500 and each.id}
-        return [each if each.id not in faults else _failed(each) for each in self.sent if each.arm == arm]
+        """The requests of an arm, by time. One failed, too, when the worker's journal says so: of a request with several files, or
+        over gRPC, where TorchServe answers OK to all that reaches a worker."""
+        faults = [each for each in self.answered[arm] if each.status >= 500]
+        named = {each.id for each in faults if each.id}
+        ours = (each for each in self.sent if each.arm == arm)
+        found = [replace(each, failed=True) if each.id in named else each for each in ours]
+        # A fault without an id is that of the request that was logged next.
+        unnamed = deque(each.time for each in faults if not each.id)
+        for place, each in enumerate(found):
+            if unnamed and each.grpc and not each.failed and each.time >= unnamed[0]:
+                unnamed.popleft()
+                found[place] = replace(each, failed=True)
+        return found
 
-    def silent_failures(self, arm: Arm) -> int:
-        """Failures of files that came without a request's id, as over gRPC, where TorchServe answers OK to all that reaches a
-        worker; none where the journal is all there is, which has them among the requests."""
-        if self.source == "journal":
-            return 0
-        return sum(each.status >= 500 and each.id is None for each in self.answered[arm])
+    def copies(self) -> list[tuple[Sent, Sent]]:
+        """The baseline's requests of which the candidate got a copy, each with the copy, by time of the copy."""
+        ours = {each.id: each for each in self.requests("baseline")}
+        return [(ours[each.id], each) for each in self.requests("shadow") if each.id in ours]
 
-    def first_of_clients(self, arm: Literal["baseline", "candidate"]) -> list[Answered]:
-        """The first file of every client, of those whose first file this arm answered. Who sent a file over gRPC is not known:
-        each is a client's."""
+    def files(self, unit: Literal["client", "request"]) -> list[tuple[bool, Answered]]:
+        """The split's answered files, by time, each with whether the candidate answered it.
+
+        unit: "request" for all; "client" for the first file of every client. Who sent a file over gRPC is not known: each counts.
+        """
+        arms: tuple[Arm, ...] = ("baseline", "candidate")
+        found = [(arm == "candidate", each) for arm in arms for each in self.answered[arm]]
+        found.sort(key=lambda pair: pair[1].time)
+        if unit == "request":
+            return found
         clients = {each.id: each.client for each in self.sent if each.client and each.arm != "shadow"}
         seen: set[str] = set()
         first = []
-        both = [(name, each) for name in ("baseline", "candidate") for each in self.answered[name]]
-        for name, each in sorted(both, key=lambda pair: pair[1].time):
+        for theirs, each in found:
             client = clients.get(each.id or "")
-            if client is not None and client in seen:
-                continue
+            if client is None or client not in seen:
+                first.append((theirs, each))
             if client is not None:
                 seen.add(client)
-            if name == arm:
-                first.append(each)
         return first
 
     def pairs(self) -> list[Pair]:
@@ -258,7 +270,8 @@ def _sent(line: dict[str, Any], model: str, versions: dict[Arm, str], since: flo
     if line["model"] != model or line["time"] < since or arm not in versions or line["version"] != versions[arm]:
         return None
     failed = line["status"] >= 500 or line["grpc_status"] in _GRPC_FAULTS
-    return Sent(line["time"], line["id"], line["client"], arm, failed, line["upstream_s"])
+    grpc = line["protocol"] == "grpc"
+    return Sent(line["time"], line["id"], line["client"], arm, grpc, failed, line["upstream_s"])
 
 
 def _answered(line: dict[str, Any], model: str, versions: tuple[str, str], since: float) -> Answered | None:
@@ -269,11 +282,7 @@ def _answered(line: dict[str, Any], model: str, versions: tuple[str, str], since
 
 def _as_sent(answered: Answered, baseline: str) -> Sent:
     arm: Arm = "baseline" if answered.version == baseline else "candidate"
-    return Sent(answered.time, answered.id or "", "", arm, answered.status >= 500, answered.seconds)
-
-
-def _failed(sent: Sent) -> Sent:
-    return Sent(sent.time, sent.id, sent.client, sent.arm, True, sent.seconds)
+    return Sent(answered.time, answered.id or "", "", arm, False, answered.status >= 500, answered.seconds)
 
 
 def _by_arm(answered: list[Answered], sent: list[Sent], baseline: str) -> dict[Arm, tuple[Answered, ...]]:

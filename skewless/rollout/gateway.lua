@@ -11,8 +11,11 @@ local gateway = {}
 local NAME = "^[A-Za-z0-9_.-]+$"
 local PREDICTIONS = "/grpc/torchserve/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
 local PING = "/grpc/torchserve/org.pytorch.serve.grpc.inference.InferenceAPIsService/Ping"
--- Copies under way at once, in all of nginx. A candidate that is too slow for its shadow gets no more of them.
-local MOST_SHADOWS = 64
+-- Copies of a model's requests under way at once. They share the candidate's queue, of 64 requests, with those that somebody
+-- waits for. A candidate that is too slow for its shadow gets no more copies.
+local MOST_SHADOWS = 8
+-- Bytes of a message that is worth a look for garbage, which takes less than a millisecond.
+local LARGE = 65536
 -- Fields of one gRPC message: its inputs, and two names.
 local MOST_FIELDS = 4096
 local POLL_S = 0.05
@@ -159,7 +162,7 @@ function gateway.balance()
 end
 
 -- One try: the answer of a location that passes on to TorchServe, or nil while its address or token is not known.
-local function try(protocol, path, body)
+local function try(protocol, path)
     local address, key = torchserve()[protocol], token()
     if not address or not key then
         return nil
@@ -167,8 +170,7 @@ local function try(protocol, path, body)
     local started = ngx.now()
     local answer = ngx.location.capture(path, {
         method = ngx.HTTP_POST,
-        body = body,
-        always_forward_body = body == nil,
+        always_forward_body = true,
         vars = { address = address, token = key },
     })
     ngx.update_time()
@@ -205,11 +207,11 @@ end
 
 -- The answer to a request, sent again where that can help and cannot hurt: a prediction keeps nothing, so the same bytes
 -- get the same answer. What waits, waits for at most hold_s.
-local function forward(protocol, path, body, choice, most_deaths)
+local function forward(protocol, path, choice, most_deaths)
     local deadline = ngx.now() + gateway.settings.hold_s
     local deaths = 0
     while true do
-        local answer = try(protocol, path, body)
+        local answer = try(protocol, path)
         local why = trouble(protocol, answer)
         local asked = choice.version and (choice.model .. " " .. choice.version) or choice.model
         if why == "died" then
@@ -233,17 +235,15 @@ local function copy(protocol, choice)
     if not choice.shadow then
         return
     end
-    local shared = ngx.shared.gateway
-    if shared:incr("shadows", 1, 0) <= MOST_SHADOWS then
+    local shared, name = ngx.shared.gateway, "shadows of " .. choice.model
+    if shared:incr(name, 1, 0) <= MOST_SHADOWS then
         pcall(ngx.location.capture, "/copy/" .. protocol, {
             method = ngx.HTTP_POST,
             always_forward_body = true,
             vars = { model = choice.model, version = choice.shadow, client = choice.client },
         })
-    else
-        shared:incr("shadows dropped", 1, 0)
     end
-    shared:incr("shadows", -1)
+    shared:incr(name, -1)
 end
 
 -- --- REST ------------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ function gateway.rest()
     local model, version = ngx.var.uri:match("^/predictions/([^/]+)/?([^/]*)$")
     local choice = choose(model, version ~= "" and version or nil)
     local path = "/torchserve/predictions/" .. model .. "/"
-    local answer = forward("rest", path .. (choice.version or ""), nil, choice, MOST_DEATHS)
+    local answer = forward("rest", path .. (choice.version or ""), choice, MOST_DEATHS)
     choice.seconds = answer and answer.seconds
     announce(choice)
     if answer then
@@ -308,49 +308,78 @@ local function varint(message, at)
     end
 end
 
--- model_name and model_version of a PredictionsRequest; nil for what is no such message.
-local function names(message)
-    local at, found, left = 1, {}, MOST_FIELDS
-    while at <= #message do
+-- model_name and model_version of a call's frame: five bytes, and a PredictionsRequest; nil for what is no such frame.
+local function names(frame)
+    local length = 0
+    for i = 2, 5 do
+        length = length * 256 + (frame:byte(i) or 0)
+    end
+    if #frame < 5 or length ~= #frame - 5 then
+        return nil
+    end
+    local at, found, left = 6, {}, MOST_FIELDS
+    while at <= #frame do
         local tag, value
-        tag, at = varint(message, at)
+        tag, at = varint(frame, at)
         left = left - 1
         if not tag or left < 0 then
             return nil
         end
         local field, kind = math.floor(tag / 8), tag % 8
         if kind == 0 then
-            value, at = varint(message, at)
+            value, at = varint(frame, at)
         elseif kind == 1 then
             at = at + 8
         elseif kind == 5 then
             at = at + 4
         elseif kind == 2 then
-            local length, from = varint(message, at)
-            if not length or from + length - 1 > #message then
+            local size, from = varint(frame, at)
+            if not size or from + size - 1 > #frame then
                 return nil
             end
             if field <= 2 then
-                found[field] = message:sub(from, from + length - 1)
+                found[field] = frame:sub(from, from + size - 1)
             end
-            at = from + length
+            at = from + size
         else
             return nil
         end
-        if not at or at > #message + 1 then
+        if not at or at > #frame + 1 then
             return nil
         end
     end
     return found[1] or "", found[2] or ""
 end
 
--- A call's message, with a version in front of it. Of a field that comes twice the later one holds, so a version that the
--- caller asked for stays; the message itself is not rewritten.
-local function framed(message, version)
-    local field = version and ("\18" .. string.char(#version) .. version) or ""
-    local n = #field + #message
-    return string.char(0, math.floor(n / 16777216) % 256, math.floor(n / 65536) % 256, math.floor(n / 256) % 256, n % 256)
-        .. field .. message
+local function received()
+    ngx.req.read_body()
+    local file = ngx.req.get_body_file()
+    return file and contents(file) or ngx.req.get_body_data() or ""
+end
+
+-- Have the call's message carry a version: in front of it, or behind it. Of a field that comes twice the later one holds, so in
+-- front it leaves a version that the caller asked for, and behind it takes the place of any. The message is not rewritten.
+local function put(version, frame, behind)
+    local field = "\18" .. string.char(#version) .. version
+    local n = #frame - 5 + #field
+    local size = { 0, math.floor(n / 16777216) % 256, math.floor(n / 65536) % 256, math.floor(n / 256) % 256, n % 256 }
+    -- nginx has it in a file if it is large: while an answer is waited for, it takes no memory.
+    ngx.req.init_body()
+    ngx.req.append_body(string.char(unpack(size)) .. (behind and "" or field))
+    if #frame > 5 then
+        ngx.req.append_body(frame:sub(6))
+    end
+    if behind then
+        ngx.req.append_body(field)
+    end
+    ngx.req.finish_body()
+end
+
+-- Lua collects strings when it has twice as many as last time; of large ones, that is much.
+local function collect(size)
+    if size > LARGE then
+        collectgarbage()
+    end
 end
 
 local function send_grpc(status, message, body)
@@ -371,29 +400,23 @@ local function send_answer(answer)
     send_grpc(status or UNAVAILABLE, answer.header["grpc-message"] or "", answer.body)
 end
 
-local function received()
-    ngx.req.read_body()
-    local file = ngx.req.get_body_file()
-    return file and contents(file) or ngx.req.get_body_data() or ""
-end
-
 function gateway.grpc()
     local frame = received()
-    if #frame >= 5 and frame:byte(1) ~= 0 then
+    local size = #frame
+    if frame:byte(1) == 1 then
         return send_grpc(UNIMPLEMENTED, "the gateway reads no compressed messages; send them as they are")
     end
-    local message = frame:sub(6)
-    local length = 0
-    for i = 2, 5 do
-        length = length * 256 + (frame:byte(i) or 0)
-    end
-    local model, version = names(message)
-    if #frame < 5 or length ~= #message or not model or not model:find(NAME) or (version ~= "" and not version:find(NAME)) then
+    local model, version = names(frame)
+    if not model or not model:find(NAME) or (version ~= "" and not version:find(NAME)) or #version > 127 then
         return send_grpc(INVALID_ARGUMENT, "this is no PredictionsRequest with a model_name that a model can have")
     end
     local choice = choose(model, version ~= "" and version or nil)
-    local asked = version == "" and choice.version or nil
-    local answer = forward("grpc", PREDICTIONS, framed(message, asked), choice, MOST_DEATHS)
+    if version == "" and choice.version then
+        put(choice.version, frame, false)
+    end
+    frame = nil
+    collect(size)
+    local answer = forward("grpc", PREDICTIONS, choice, MOST_DEATHS)
     choice.seconds = answer and answer.seconds
     announce(choice)
     if answer then
@@ -405,11 +428,11 @@ function gateway.grpc()
 end
 
 function gateway.ping_grpc()
-    local frame = received()
-    local answer = try("grpc", PING, frame)
+    ngx.req.read_body()
+    local answer = try("grpc", PING)
     if trouble("grpc", answer) == "token" then
         ngx.sleep(POLL_S)
-        answer = try("grpc", PING, frame)
+        answer = try("grpc", PING)
     end
     if trouble("grpc", answer) then
         return away_grpc()
@@ -424,13 +447,18 @@ function gateway.shadow()
     local choice = { model = ngx.var.http_x_skewless_model, version = version }
     local answer, status
     if ngx.var.uri == "/shadow/grpc" then
-        answer = forward("grpc", PREDICTIONS, framed(received():sub(6), version), choice, 1)
+        local frame = received()
+        local size = #frame
+        put(version, frame, true)
+        frame = nil
+        collect(size)
+        answer = forward("grpc", PREDICTIONS, choice, 1)
         status = answer and answer.status or 200
         local code = answer and answer.header["grpc-status"] or (answer and #answer.body >= 5 and 0) or UNAVAILABLE
         ngx.var.shadow_grpc_status = code
     else
         ngx.req.read_body()
-        answer = forward("rest", "/torchserve/predictions/" .. choice.model .. "/" .. version, nil, choice, 1)
+        answer = forward("rest", "/torchserve/predictions/" .. choice.model .. "/" .. version, choice, 1)
         status = answer and answer.status or 503
     end
     ngx.var.shadow_s = answer and string.format("%.4f", answer.seconds) or "null"

@@ -14,6 +14,7 @@ import ipaddress
 import json
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -217,14 +218,17 @@ class Gateway:
         """The gateway that runs in `state_dir`. Raises UsageError when none does."""
         state_dir = Path(state_dir).resolve()
         found = cls._read(state_dir)
-        if found is None or found.process() is None:
-            ended = (
-                "" if found is None else f" (process {found.pid} has ended, see {state_dir / FOLDER / 'console.log'})"
-            )
+        if found and found.process():
+            return found
+        if (nginx := orphan(state_dir)) is not None:
             raise UsageError(
-                f"no gateway is running in {state_dir}{ended}; start one with `skewless gateway start --state-dir {state_dir}`"
+                f"nginx (process {nginx.pid}) still answers for {state_dir}, but the process that looks after it has ended; "
+                "`skewless gateway start`, with the same options, takes it over, and `skewless gateway stop` ends it"
             )
-        return found
+        ended = "" if found is None else f" (process {found.pid} has ended, see {state_dir / FOLDER / 'console.log'})"
+        raise UsageError(
+            f"no gateway is running in {state_dir}{ended}; start one with `skewless gateway start --state-dir {state_dir}`"
+        )
 
     def process(self) -> psutil.Process | None:
         """The process that looks after nginx, or None when it has ended or its id has gone to another one."""
@@ -309,6 +313,27 @@ def run(state_dir: str | Path, options: Options, started: Callable[[Gateway], No
             (folder / _STATE).unlink(missing_ok=True)
 
 
+def orphan(state_dir: Path) -> psutil.Process | None:
+    """A gateway's nginx whose other process has been killed."""
+    found = Gateway._read(state_dir)
+    return None if found is None or found.process() else _nginx_of(state_dir / FOLDER)
+
+
+def stop(state_dir: str | Path) -> int:
+    """End the gateway of a state directory, also where only its nginx is left, once the requests under way are answered.
+
+    Returns its process id. Raises UsageError where none runs, ServerError where it does not end.
+    """
+    state_dir = Path(state_dir).resolve()
+    if (nginx := orphan(state_dir)) is not None:
+        _Nginx(state_dir / FOLDER).stop()
+        (state_dir / FOLDER / _STATE).unlink(missing_ok=True)
+        return nginx.pid
+    running = Gateway.attach(state_dir)
+    running.stop()
+    return running.pid
+
+
 def follow(state_dir: Path) -> None:
     """Have the gateway follow the rollouts as they are now, from its next request on."""
     folder = state_dir / FOLDER
@@ -346,6 +371,8 @@ def configuration(options: Options, state_dir: Path, max_body: int) -> str:
     counted = "$http_authorization" if options.client_keys else "$binary_remote_addr"
     values = {
         "USER": "user root;" if os.geteuid() == 0 else "",
+        # A request takes up to six connections: in, inside, to TorchServe, and those of its copy.
+        "FILES": str(min(16384, resource.getrlimit(resource.RLIMIT_NOFILE)[1])),
         "WORKERS": str(min(4, len(os.sched_getaffinity(0)))),
         "FOLDER": str(folder),
         "MODULES": "\n".join(f"load_module {path};" for path in _modules()),
@@ -403,6 +430,8 @@ class _Nginx:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # Without them glibc keeps what large requests took, hundreds of megabytes, for the next ones.
+                env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"},
                 # A signal from the keyboard is for the process that looks after it.
                 start_new_session=True,
                 umask=0o077,
@@ -415,12 +444,7 @@ class _Nginx:
 
     def process(self) -> psutil.Process | None:
         """Its main process, or None when it has ended."""
-        try:
-            process = psutil.Process(int((self._folder / _PID).read_text()))
-            ours = str(self._folder / "nginx.conf") in " ".join(process.cmdline())
-            return process if ours and process.status() != psutil.STATUS_ZOMBIE else None
-        except (OSError, ValueError, psutil.NoSuchProcess):
-            return None
+        return _nginx_of(self._folder)
 
     def tell(self, number: signal.Signals) -> None:
         """Send it a signal, if it runs."""
@@ -450,6 +474,16 @@ class _Nginx:
         return " ".join(lines[-3:]) or "it said nothing"
 
 
+def _nginx_of(folder: Path) -> psutil.Process | None:
+    """The main process of a folder's nginx."""
+    try:
+        process = psutil.Process(int((folder / _PID).read_text()))
+        ours = str(folder / "nginx.conf") in " ".join(process.cmdline())
+        return process if ours and process.status() != psutil.STATUS_ZOMBIE else None
+    except (OSError, ValueError, psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
 class _Keeper:
     """What has to be done while nginx runs, a little at every look."""
 
@@ -467,6 +501,7 @@ class _Keeper:
         """Everything once. What fails is said, once, and tried again at the next look."""
         self._try("rollouts", lambda: follow(self._state_dir))
         self._try("TorchServe", self._follow_server)
+        self._try("client keys", self._follow_keys)
         self._try("logs", self._rotate)
         if (now := self._of_certificate()) != self._certificate:
             self._certificate = now
@@ -486,7 +521,12 @@ class _Keeper:
 
     def _follow_server(self) -> None:
         now = time.monotonic()
-        server = Server.attach(self._state_dir)
+        try:
+            server = Server.attach(self._state_dir)
+        except UsageError:
+            # Its port may be another's by now.
+            self._write_server(away=True)
+            raise
         anew = server.pid != self._server.pid
         if anew:
             self._server, self._anew_since = server, now
@@ -503,16 +543,15 @@ class _Keeper:
             self._registered = found
             self._write_server()
 
-    def _write_server(self) -> None:
-        rest = self._server.inference_url.rpartition("/")[2]
-        lines = [f"rest {rest}", f"grpc {self._server.grpc_address}"]
-        _replace(
-            self._folder / _SERVER,
-            "".join(
-                f"{line}\n"
-                for line in [*lines, *(f"registered {name} {version}" for name, version in self._registered)]
-            ),
-        )
+    def _follow_keys(self) -> None:
+        if (digests := self._options.key_digests()) is not None:
+            _replace(self._folder / _KEYS, "\n".join(digests) + "\n")
+
+    def _write_server(self, away: bool = False) -> None:
+        lines = [f"registered {name} {version}" for name, version in self._registered]
+        if not away:
+            lines += [f"rest {self._server.inference_url.rpartition('/')[2]}", f"grpc {self._server.grpc_address}"]
+        _replace(self._folder / _SERVER, "".join(f"{line}\n" for line in lines))
 
     def _rotate(self) -> None:
         grown = [

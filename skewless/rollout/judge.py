@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
 from skewless.rollout.drift import Drift, between_samples, from_histogram
-from skewless.rollout.evidence import REFUSED, Arm, Evidence, Pair
+from skewless.rollout.evidence import REFUSED, Arm, Evidence, Pair, Sent
 from skewless.rollout.policy import SHADOW, Policy
-from skewless.rollout.sequential import Count, Interval, difference_interval, paired_difference_interval, rate_interval
+from skewless.rollout.sequential import Interval, differences, mean_interval
 
 Action = Literal["step", "hold", "abort", "promote"]
 
@@ -73,6 +73,16 @@ class Progress:
         return cls(rollout.percent, rollout.step, phase, times[-1], time.time() if now is None else now)
 
 
+class Count(NamedTuple):
+    """n observations, s of which are what is counted."""
+
+    n: int
+    s: int
+
+    def __str__(self) -> str:
+        return f"{self.s / self.n:.2%} of {self.n:,}" if self.n else "none"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One comparison of the two arms.
@@ -98,14 +108,20 @@ class Comparison:
         return "within" if self.low <= self.interval.low and self.interval.high <= self.high else "open"
 
     def __str__(self) -> str:
-        said = f"{self.name}: {_share_of(self.candidate)} with the candidate"
+        said = f"{self.name}: {self.candidate} with the candidate"
         if self.baseline is None:
             return f"{said}; the rate is from {_percents(self.interval)}, and up to {self.high:.2%} is tolerated"
-        tolerated = f"up to {self.high:+.2%}" if self.low == -1.0 else _percents(Interval(self.low, self.high), "+")
         return (
-            f"{said}, {_share_of(self.baseline)} with the baseline; the difference is from {_percents(self.interval, '+')}, and "
-            f"{tolerated} is tolerated"
+            f"{said}, {self.baseline} with the baseline; the difference is from {_percents(self.interval, '+')}, and "
+            f"{self.tolerated} is tolerated"
         )
+
+    @property
+    def tolerated(self) -> str:
+        """The tolerance in words."""
+        if self.baseline is None or self.low == -1.0:
+            return f"up to {self.high:.2%}"
+        return _percents(Interval(self.low, self.high), "+")
 
 
 @dataclass(frozen=True)
@@ -137,12 +153,32 @@ class Verdict:
 def assess(state_dir: str | Path, rollout: _Rollout, now: float | None = None) -> Verdict:
     """Judge a rollout by the logs of its server's state directory and by its policy file, or the defaults where it names none.
 
+    Where a candidate is aborted in the shadow, the reasons say why the files that moved most did, of those that were kept.
+
     now: in seconds since 1970; None for the present. Raises UsageError for a wrong policy file.
     """
     policy = Policy.read(rollout.policy) if rollout.policy else Policy()
-    started = _seconds(rollout.started)
-    evidence = Evidence.gather(state_dir, rollout.model, rollout.baseline, rollout.candidate, started)
-    return judge(evidence, policy, Progress.of(rollout, now))
+    evidence = evidence_of(state_dir, rollout)
+    verdict = judge(evidence, policy, Progress.of(rollout, now))
+    if verdict.action == "abort" and rollout.percent == 0:
+        return replace(verdict, reasons=[*verdict.reasons, *_explained(evidence)])
+    return verdict
+
+
+def evidence_of(state_dir: str | Path, rollout: _Rollout) -> Evidence:
+    """What is known of a rollout's versions since it began."""
+    since = _seconds(rollout.started)
+    return Evidence.gather(state_dir, rollout.model, rollout.baseline, rollout.candidate, since)
+
+
+def _explained(evidence: Evidence) -> list[str]:
+    from skewless.rollout.shadow import explain
+
+    try:
+        return [str(each) for each in explain(evidence, count=3)]
+    except Exception as error:
+        # It runs both archives' code: whatever that does, the candidate has to be aborted.
+        return [f"why the answers differ could not be found: {error or type(error).__name__}"]
 
 
 def judge(evidence: Evidence, policy: Policy, progress: Progress) -> Verdict:
@@ -158,6 +194,8 @@ def judge(evidence: Evidence, policy: Policy, progress: Progress) -> Verdict:
     arm: Arm = "shadow" if shadow else "candidate"
     pairs = seen.pairs() if shadow else []
     comparisons = _shadowed(seen, pairs, policy) if shadow else _split(seen, policy)
+    if progress.percent == 100:
+        comparisons.append(_everybody(seen, policy, progress.step_started))
     found_dps = [pair.dp for pair in pairs if pair.dp is not None]
     largest = max(found_dps, default=None)
     drifts = _drifts(seen, arm)
@@ -239,8 +277,9 @@ def _waiting(
 
 
 def _share(policy: Policy, classes: Sequence[str]) -> float:
-    """Each comparison's part of alpha (Bonferroni): those of the split, and of the shadow where there is one."""
-    count = 3 + len(_compared(classes)) + (3 if SHADOW in policy.steps else 0)
+    """Each comparison's part of alpha (Bonferroni): those of the split, of the shadow, and of a step with everybody, where the
+    policy has these."""
+    count = 3 + len(_compared(classes)) + 3 * (SHADOW in policy.steps) + (policy.steps[-1] == 100)
     return policy.alpha / count
 
 
@@ -251,74 +290,101 @@ def _compared(classes: Sequence[str]) -> Sequence[str]:
 
 def _shadowed(seen: Evidence, pairs: Sequence[Pair], policy: Policy) -> list[Comparison]:
     alpha = _share(policy, seen.classes)
-    flips = Count(len(pairs), sum(pair.flipped for pair in pairs))
+    flipped = [pair.flipped for pair in pairs]
+    flips = Count(len(flipped), sum(flipped))
+    copies = seen.copies()
+    timed = _timed(copies, policy)
     return [
-        Comparison("files answered otherwise", None, flips, rate_interval(flips, alpha), 0.0, policy.max_flips, alpha),
-        _paired("failed requests", *_failures(seen, "shadow"), -1.0, policy.max_error_increase, alpha),
-        _paired("slow requests", *_slow(seen, "shadow", policy), -1.0, policy.max_slow_increase, alpha),
+        Comparison(
+            "files answered otherwise", None, flips, mean_interval(flipped, alpha), 0.0, policy.max_flips, alpha
+        ),
+        _of_pairs(
+            "failed requests", [(ours.failed, copy.failed) for ours, copy in copies], policy.max_error_increase, alpha
+        ),
+        _of_pairs("slow requests", timed, policy.max_slow_increase, alpha),
     ]
 
 
 def _split(seen: Evidence, policy: Policy) -> list[Comparison]:
     alpha = _share(policy, seen.classes)
-    if policy.unit == "client":
-        arms = [seen.first_of_clients("baseline"), seen.first_of_clients("candidate")]
-    else:
-        arms = [list(seen.answered["baseline"]), list(seen.answered["candidate"])]
-    tolerated = policy.max_decision_change
-    decisions = []
-    for name in _compared(seen.classes):
-        chosen = [[each.choice == name for each in arm if each.choice is not None] for arm in arms]
-        decisions.append(_independent(f"files decided {name}", *_counts(chosen), -tolerated, tolerated, alpha))
-    refused = _counts([[each.status in REFUSED for each in arm] for arm in arms])
-    return [
-        _independent("failed requests", *_failures(seen, "candidate"), -1.0, policy.max_error_increase, alpha),
-        _independent("refused files", *refused, -policy.max_refusal_change, policy.max_refusal_change, alpha),
-        _independent("slow requests", *_slow(seen, "candidate", policy), -1.0, policy.max_slow_increase, alpha),
-        *decisions,
+    requests = sorted((*seen.requests("baseline"), *seen.requests("candidate")), key=lambda each: each.time)
+    files = seen.files(policy.unit)
+    refused = [(theirs, each.status in REFUSED) for theirs, each in files]
+    decided = [(theirs, each.choice) for theirs, each in files if each.choice is not None]
+    found = [
+        _of_arms(
+            "failed requests",
+            [(each.arm == "candidate", each.failed) for each in requests],
+            -1.0,
+            policy.max_error_increase,
+            alpha,
+        ),
+        _of_arms("refused files", refused, -policy.max_refusal_change, policy.max_refusal_change, alpha),
+        _of_arms("slow requests", _slow(requests, policy), -1.0, policy.max_slow_increase, alpha),
     ]
+    tolerated = policy.max_decision_change
+    for name in _compared(seen.classes):
+        chosen = [(theirs, choice == name) for theirs, choice in decided]
+        found.append(_of_arms(f"files decided {name}", chosen, -tolerated, tolerated, alpha))
+    return found
 
 
-def _independent(name: str, ours: Count, theirs: Count, low: float, high: float, alpha: float) -> Comparison:
-    return Comparison(name, ours, theirs, difference_interval(ours, theirs, alpha), low, high, alpha)
+def _everybody(seen: Evidence, policy: Policy, since: float) -> Comparison:
+    """The candidate's failures where no baseline is left to compare with at the same time: against what the baseline's rate may
+    have been before."""
+    alpha = _share(policy, seen.classes)
+    failed = [each.failed for each in seen.requests("candidate") if each.time >= since]
+    before = [each.failed for each in seen.requests("baseline")]
+    high = min(1.0, mean_interval(before, alpha).high + policy.max_error_increase)
+    count = Count(len(failed), sum(failed))
+    return Comparison("failed requests of everybody", None, count, mean_interval(failed, alpha), 0.0, high, alpha)
 
 
-def _paired(name: str, ours: Count, theirs: Count, low: float, high: float, alpha: float) -> Comparison:
-    return Comparison(name, ours, theirs, paired_difference_interval(ours, theirs, alpha), low, high, alpha)
+def _of_arms(name: str, happened: Sequence[tuple[bool, bool]], low: float, high: float, alpha: float) -> Comparison:
+    """happened: in their order, whether each was the candidate's, and whether what is counted did."""
+    arms = [[each for theirs, each in happened if theirs is arm] for arm in (False, True)]
+    ours, theirs = (Count(len(arm), sum(arm)) for arm in arms)
+    values = differences([theirs for theirs, _ in happened], [each for _, each in happened])
+    return Comparison(name, ours, theirs, mean_interval(values, alpha, -1.0, 1.0), low, high, alpha)
 
 
-def _counts(arms: Sequence[Sequence[bool]]) -> tuple[Count, Count]:
-    """Of the baseline and of the other arm."""
-    ours, theirs = (Count(len(each), sum(each)) for each in arms)
-    return ours, theirs
+def _of_pairs(name: str, happened: Sequence[tuple[bool, bool]], high: float, alpha: float) -> Comparison:
+    """happened: of each request, whether what is counted did with the baseline, and with the candidate's copy."""
+    ours, theirs = (Count(len(happened), sum(each)) for each in (zip(*happened, strict=True) if happened else ((), ())))
+    values = [int(copy) - int(original) for original, copy in happened]
+    return Comparison(name, ours, theirs, mean_interval(values, alpha, -1.0, 1.0), -1.0, high, alpha)
 
 
-def _failures(seen: Evidence, arm: Arm) -> tuple[Count, Count]:
-    counts = []
-    for each in ("baseline", arm):
-        requests = seen.requests(each)
-        failed = sum(request.failed for request in requests) + seen.silent_failures(each)
-        counts.append(Count(len(requests), min(failed, len(requests))))
-    return counts[0], counts[1]
-
-
-def _slow(seen: Evidence, arm: Arm, policy: Policy) -> tuple[Count, Count]:
-    """Requests that took longer than a time which was set by the baseline's first ones; those are not counted.
+def _slow(requests: Sequence[Sent], policy: Policy) -> list[tuple[bool, bool]]:
+    """Of each request whether it was the candidate's, and whether it took longer than a time which the baseline's first ones set;
+    those are not counted.
 
     A time set by what is counted would move, and with it what "slow" means. Where both versions are as fast as each other, both
     rates are the same, whatever that time is.
     """
+    timed = [(each.arm == "candidate", each.seconds) for each in requests if each.seconds is not None]
+    limit, place = _limit([None if theirs else seconds for theirs, seconds in timed], policy)
+    return [(theirs, seconds > limit) for theirs, seconds in timed[place:]]
+
+
+def _timed(copies: Sequence[tuple[Sent, Sent]], policy: Policy) -> list[tuple[bool, bool]]:
+    """As `_slow`, of both answers to the same request."""
+    timed = [
+        (ours.seconds, copy.seconds) for ours, copy in copies if ours.seconds is not None and copy.seconds is not None
+    ]
+    limit, place = _limit([ours for ours, _ in timed], policy)
+    return [(ours > limit, copy > limit) for ours, copy in timed[place:]]
+
+
+def _limit(seconds: Sequence[float | None], policy: Policy) -> tuple[float, int]:
+    """The time that is slow, by the first of the given ones, and the place after these; all places, while there are too few."""
     basis = min(LATENCY_BASIS, max(20, policy.min_requests // 2))
-    timed = {
-        each: [(request.time, request.seconds) for request in seen.requests(each) if request.seconds is not None]
-        for each in ("baseline", arm)
-    }
-    first = timed["baseline"][:basis]
-    if len(first) < basis:
-        return Count(0, 0), Count(0, 0)
-    limit = float(np.percentile([seconds for _, seconds in first], SLOW))
-    later = [[seconds > limit for time, seconds in timed[each] if time > first[-1][0]] for each in ("baseline", arm)]
-    return _counts(later)
+    places = [place for place, each in enumerate(seconds) if each is not None][:basis]
+    if len(places) < basis:
+        return np.inf, len(seconds)
+    return float(np.percentile([each for place in places if (each := seconds[place]) is not None], SLOW)), places[
+        -1
+    ] + 1
 
 
 def _drifts(seen: Evidence, arm: Arm) -> list[Drift]:
@@ -345,23 +411,11 @@ def _latency(seen: Evidence, arm: Arm) -> Latency:
 def as_text(verdict: Verdict) -> str:
     """The verdict for a terminal."""
     lines = [f"{verdict.action}: {verdict.reasons[0]}", *(f"  {reason}" for reason in verdict.reasons[1:]), ""]
-    rows = [["comparison", "baseline", "candidate", "difference", "tolerated", ""]]
+    rows = [["comparison", "baseline", "candidate", "difference or rate", "tolerated", ""]]
     for each in verdict.comparisons:
-        single = each.baseline is None
-        rows.append(
-            [
-                each.name,
-                "" if each.baseline is None else _share_of(each.baseline),
-                _share_of(each.candidate),
-                "" if single else _percents(each.interval, "+"),
-                f"up to {each.high:.2%}"
-                if single or each.low == -1.0
-                else _percents(Interval(each.low, each.high), "+"),
-                each.state,
-            ]
-        )
-        if single:
-            rows[-1][3] = _percents(each.interval)
+        ours = "" if each.baseline is None else str(each.baseline)
+        shown = _percents(each.interval, "" if each.baseline is None else "+")
+        rows.append([each.name, ours, str(each.candidate), shown, each.tolerated, each.state])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for latency in verdict.latencies:
@@ -383,10 +437,6 @@ def as_text(verdict: Verdict) -> str:
 
 def _seconds(time: str) -> float:
     return datetime.fromisoformat(time).timestamp()
-
-
-def _share_of(count: Count) -> str:
-    return f"{count.rate:.2%} of {count.n:,}" if count.n else "none"
 
 
 def _percents(interval: Interval, sign: str = "") -> str:

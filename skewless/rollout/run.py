@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from skewless.errors import ServerError, UsageError
 from skewless.rollout import state
 from skewless.rollout.gateway import follow
 from skewless.rollout.judge import as_text, assess
+from skewless.rollout.kubernetes import write_patches
 from skewless.rollout.policy import SHADOW, Policy
 from skewless.rollout.state import FOLDER, Rollout, current, exclusive
 from skewless.torchserve.server import Server
@@ -45,6 +47,12 @@ def verdict(state_dir: Path, rollout: Rollout) -> Judged:
     return Judged(found.action, list(found.reasons), as_text(found), found)
 
 
+def kubernetes_patches(model: str, baseline: str, candidate: str, policy: Path | None, out_dir: Path) -> list[Path]:
+    """The policy's steps as patches for a cluster's routes; returns the files in their order. Raises UsageError."""
+    percents = [percent for percent, _ in steps(policy) if percent]
+    return write_patches(model, baseline, candidate, percents, out_dir)
+
+
 def step(state_dir: Path, model: str, percent: float | None, why: str, shadow: bool = False) -> Rollout:
     """Move the split to `percent`, or to the policy's next step. Raises UsageError where there is none, or no rollout runs."""
     rollout = current(state_dir, model)
@@ -67,12 +75,16 @@ def step(state_dir: Path, model: str, percent: float | None, why: str, shadow: b
 
 def promote(state_dir: Path, model: str, why: str) -> Rollout:
     """As `state.promote`, and the gateway follows."""
-    return _end(state_dir, model, why, state.promote)
+    current(state_dir, model)
+    server = Server.attach(state_dir)
+    with _followed(state_dir):
+        return state.promote(server, model, why)
 
 
 def abort(state_dir: Path, model: str, why: str) -> Rollout:
     """As `state.abort`, and the gateway follows."""
-    return _end(state_dir, model, why, state.abort)
+    with _followed(state_dir):
+        return state.abort(state_dir, lambda: Server.attach(state_dir), model, why)
 
 
 def unattended(
@@ -139,11 +151,10 @@ def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Ju
     return False, f"holds at {rollout.percent:g} %: {why}"
 
 
-def _end(state_dir: Path, model: str, why: str, action: Callable[[Server, str, str], Rollout]) -> Rollout:
-    current(state_dir, model)
-    server = Server.attach(state_dir)
+@contextlib.contextmanager
+def _followed(state_dir: Path) -> Iterator[None]:
     try:
-        return action(server, model, why)
+        yield
     finally:
-        # In either case: a promotion that is interrupted already sends everybody to the candidate.
+        # In either case: an ending that is interrupted has already decided who goes where.
         follow(state_dir)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib
-import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +19,15 @@ from typing import Any, Literal
 
 from skewless.core.files import atomic
 from skewless.errors import ServerError, UsageError
+from skewless.torchserve import versions
+from skewless.torchserve.audit import DONE, FAILED, INTERRUPTED, REFUSED, Audit
 from skewless.torchserve.server import Server
 
 FOLDER = "rollouts"  # in the state directory
 # The gateway's split has this many parts.
 PARTS = 1000
+# As its length is written into a call's message in one byte.
+LONGEST_VERSION = 127
 
 Phase = Literal["shadow", "split", "promoted", "aborted"]
 RUNNING: tuple[Phase, ...] = ("shadow", "split")
@@ -152,6 +154,10 @@ def start(
             raise UsageError(
                 f"{model} {candidate} is the default version already, which a candidate is compared with; name another one"
             )
+        if too_long := [each for each in (baseline, candidate) if len(each) > LONGEST_VERSION]:
+            raise UsageError(
+                f"the version {too_long[0]:.40}... is {len(too_long[0])} characters long; expected {LONGEST_VERSION} or fewer"
+            )
         if "READY" not in rows[candidate]["workers"]:
             states = ", ".join(rows[candidate]["workers"]) or "none"
             raise UsageError(f"{model} {candidate} has no worker that is ready ({states}); see `skewless serve status`")
@@ -205,26 +211,29 @@ def promote(server: Server, model: str, why: str) -> Rollout:
         # The intention first: a promotion that is interrupted from here on is completed, not forgotten.
         begun = replace(rollout, percent=100.0, shadow=False, phase="split", pending="promote")
         begun.write(server.state_dir)
-        _set_default(server, model, rollout.candidate)
+        versions.set_default(server, model, rollout.candidate)
         ended = begun.acted("promote", why, phase="promoted", pending=None)
         ended.write(server.state_dir)
     return ended
 
 
-def abort(server: Server, model: str, why: str) -> Rollout:
+def abort(state_dir: Path, connect: Callable[[], Server], model: str, why: str) -> Rollout:
     """Send everybody to the baseline, see that it is the default version, and end the rollout.
 
-    What was interrupted, a promotion as well, is ended by the next call. Raises UsageError where no rollout runs.
+    connect: gives the server, and is called when the way back is decided: with a server that is away, everybody goes to the
+    baseline as soon as it is there again, and the next call ends the rollout. It ends an interrupted promotion, too. Raises
+    UsageError where no rollout runs.
     """
-    with _acting(server.state_dir, "rollout abort", model, None, why):
-        rollout = current(server.state_dir, model)
+    with _acting(state_dir, "rollout abort", model, None, why):
+        rollout = current(state_dir, model)
         begun = replace(rollout, percent=0.0, shadow=False, pending="abort")
-        begun.write(server.state_dir)
+        begun.write(state_dir)
+        server = connect()
         rows = [row for row in server.models() if row["name"] == model and row["default"]]
         if [row["version"] for row in rows] != [rollout.baseline]:
-            _set_default(server, model, rollout.baseline)
+            versions.set_default(server, model, rollout.baseline)
         ended = begun.acted("abort", why, phase="aborted", pending=None)
-        ended.write(server.state_dir)
+        ended.write(state_dir)
     return ended
 
 
@@ -275,18 +284,16 @@ def _now() -> str:
 @contextlib.contextmanager
 def _acting(state_dir: Path, action: str, model: str, version: str | None, detail: str) -> Iterator[None]:
     """Alone with a model's rollout, and with a line in the audit log. Raises UsageError where another one acts."""
-    outcome, said = "done", detail
+    outcome, said = DONE, detail
     try:
         with _alone(state_dir, model):
             yield
     except BaseException as error:
-        outcome = (
-            "refused" if isinstance(error, UsageError) else "failed" if isinstance(error, Exception) else "interrupted"
-        )
+        outcome = REFUSED if isinstance(error, UsageError) else FAILED if isinstance(error, Exception) else INTERRUPTED
         said = f"{detail}: {error}" if isinstance(error, Exception) else detail
         raise
     finally:
-        _record(state_dir, action, outcome, model, version, said)
+        Audit(state_dir).record(action, outcome, model=model, version=version, detail=said)
 
 
 @contextlib.contextmanager
@@ -316,16 +323,3 @@ def exclusive(file: Path, refusal: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _set_default(server: Server, model: str, version: str) -> None:
-    if importlib.util.find_spec("skewless.torchserve.versions"):
-        importlib.import_module("skewless.torchserve.versions").set_default(server, model, version)
-    else:
-        server.set_default(model, version)
-
-
-def _record(state_dir: Path, action: str, outcome: str, model: str, version: str | None, detail: str) -> None:
-    if importlib.util.find_spec("skewless.torchserve.audit"):
-        audit = importlib.import_module("skewless.torchserve.audit").Audit(state_dir)
-        audit.record(action, outcome, model=model, version=version, detail=detail)
