@@ -135,7 +135,8 @@ def _rolled_out(candidate: Candidate, store: Path, policy: Path, here: list[str 
 def _report(ended: Sequence[Ended], asked: Sequence[Asked]) -> dict[str, Any]:
     """The story in figures: how each rollout ended, who was not answered, and how the clients were split."""
     failed = [each for each in asked if each.status != 200]
-    mixed = [each for each in asked if each.status == 200 and each.said != each.version]
+    # Between two rollouts the gateway leaves the choice to TorchServe, and says no version.
+    mixed = [each for each in asked if each.status == 200 and each.said not in ("", each.version)]
     problems = [f"{each.version} was {each.phase}: {each.reasons}" for each in ended if not each.as_expected]
     problems += [f"{each.protocol} {each.status}: {each.message}" for each in failed[:10]]
     problems += [f"the gateway said {each.said}, {each.version} answered" for each in mixed[:10]]
