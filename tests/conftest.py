@@ -7,9 +7,11 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -28,7 +30,7 @@ from skewless.packaging.build import build_archive
 from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server
 
-__all__ = ["OTHERS", "ROOT", "SERVED", "Demonstration", "call_skewless", "run_skewless"]
+__all__ = ["OTHERS", "ROOT", "SERVED", "Demonstration", "call_skewless", "run_skewless", "until"]
 
 # How far a served number may be from the evaluated one: half of what the exact tier allows. Convolutions by Winograd's
 # algorithm round otherwise than PyTorch's, by some 1e-6 in a probability.
@@ -57,6 +59,15 @@ def call_skewless(*arguments: object) -> subprocess.CompletedProcess[str]:
         except SystemExit as ended:
             code = ended.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def until(condition: Callable[[], Any], what: str = "what was waited for has not come", seconds: float = 120) -> Any:
+    """What `condition` returns, once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+    return found
 
 
 # What needs a trained model or a server takes minutes: tests that use one of these run in the second group.

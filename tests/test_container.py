@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from skewless.torchserve.launch import read_properties
 from skewless.torchserve.server import Server
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
-from tests.conftest import ROOT, call_skewless
+from tests.conftest import ROOT, call_skewless, until
 from tests.test_packages import share_packages
 from tests.tiny_model import make
 
@@ -182,13 +182,6 @@ def health(server: Server, *arguments: str) -> tuple[int, str]:
     done = call_skewless("serve", "health", "--state-dir", server.state_dir, "--timeout", "20", *arguments)
     assert not done.stderr, done.stderr
     return done.returncode, done.stdout
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.chain

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -28,7 +27,7 @@ from skewless.torchserve.client import Client
 from skewless.torchserve.server import MARKER, Server
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
-from tests.conftest import ROOT, call_skewless
+from tests.conftest import ROOT, call_skewless, until
 from tests.test_server import ECHO, make_archive
 from tests.tiny_model import make
 
@@ -327,13 +326,6 @@ def waiting_for(flag: Path) -> str:
 
 def workers(server: Server) -> list[int]:
     return [each.pid for each in module._workers(server.state_dir)]
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.mark.chain

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from skewless.torchserve.launch import free_ports
 from skewless.torchserve.server import Server, session
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 from tests.tiny_model import make, recording
 
 MONITORING = ROOT / "deploy" / "monitoring"
@@ -84,14 +84,6 @@ def test_every_alert_fires_where_it_should_and_only_there():
     tested = yaml.safe_load((ROOT / "tests" / "alerts.yml").read_text())["tests"]
     fired = {case["alertname"] for test in tested for case in test["alert_rule_test"] if case.get("exp_alerts")}
     assert fired == {rule["alert"] for rule in group["rules"] if "alert" in rule}
-
-
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return found
 
 
 @pytest.fixture(scope="module")

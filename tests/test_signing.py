@@ -8,7 +8,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,7 +36,7 @@ from skewless.torchserve.client import Client
 from skewless.torchserve.server import LOAD_ERRORS, Server
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
-from tests.conftest import call_skewless, run_skewless
+from tests.conftest import call_skewless, run_skewless, until
 from tests.tiny_model import TinyModel, recording, tiny_model
 
 __all__ = ["tiny_model"]
@@ -616,14 +615,6 @@ def worker(server: Server, version: str = "1.0") -> psutil.Process | None:
     """The version's one worker, once it is ready."""
     (found,) = server.manage("GET", f"/models/tiny/{version}").json()[0]["workers"]
     return psutil.Process(found["pid"]) if found["status"] == "READY" and psutil.pid_exists(found["pid"]) else None
-
-
-def until(found: Callable[[], object], what: str) -> object:
-    deadline = time.monotonic() + 120
-    while not (value := found()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-    return value
 
 
 @pytest.mark.chain

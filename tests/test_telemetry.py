@@ -31,6 +31,7 @@ from skewless.torchserve.client import Client
 from skewless.torchserve.server import Server
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
+from tests.conftest import until
 from tests.test_guards import FILES, Context, Network, service_of, tone
 from tests.tiny_model import TinyModel, recording, tiny_model  # noqa: F401
 
@@ -336,6 +337,8 @@ def test_a_server_exports_and_journals_by_version(tiny_model: TinyModel, tmp_pat
             assert len(shares) == 20 and sum(shares) == pytest.approx(1.0)
         decisions = {key[2]: value for key, value in found.items() if key[:2] == ("skewless_decisions_total", "2.0")}
         assert sorted(decisions.values()) == [0, 2] and set(decisions) == {"tone", "noise"}
+        # Workers write it beside their answers, and not before them.
+        until(lambda: len(lines_of(server.state_dir / "journal")) >= 4, "4 lines of the journal")
         journal = lines_of(server.state_dir / "journal")
         assert sorted((each["version"], each["status"]) for each in journal) == [
             ("1.0", 200),
