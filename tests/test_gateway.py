@@ -265,7 +265,7 @@ class Place:
 
     def split(self, percent: float, shadow: bool = False) -> None:
         """Put a rollout in force, whatever there was before."""
-        shutil.rmtree(self.server.state_dir / state.FOLDER, ignore_errors=True)
+        shutil.rmtree(self.server.state_dir / state.ROLLOUTS, ignore_errors=True)
         if percent or shadow:
             # A test before this one may have killed its worker.
             while any(row["workers"] != ["READY"] for row in self.server.models()):

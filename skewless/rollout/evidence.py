@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from skewless.core.telemetry import HISTOGRAM, KEPT, Answered
 from skewless.errors import UsageError
 from skewless.torchserve.archive import METRICS, Archive
+from skewless.torchserve.server import GATEWAY, JOURNAL
 from skewless.torchserve.store import archives
 
-ACCESS_LOG = Path("gateway", "access.jsonl")
-JOURNAL = "journal"
+ACCESS_LOG = Path(GATEWAY, "access.jsonl")
 STATE = "state.json"
 
 # Over gRPC, what is no fault of the caller's: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE, DATA_LOSS.

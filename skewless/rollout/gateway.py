@@ -32,9 +32,8 @@ from skewless.core.files import atomic
 from skewless.errors import ServerError, UsageError
 from skewless.rollout.state import PARTS, exclusive, routes
 from skewless.torchserve import launch
-from skewless.torchserve.server import LONGEST_SOCKET_PATH, Server
+from skewless.torchserve.server import GATEWAY, LONGEST_SOCKET_PATH, Server
 
-FOLDER = "gateway"  # in the state directory
 ACCESS_LOG = "access.jsonl"
 TEMPLATE = Path(__file__).with_name("nginx.conf")
 
@@ -174,7 +173,7 @@ class Gateway:
     @property
     def folder(self) -> Path:
         """Where it keeps everything."""
-        return self.state_dir / FOLDER
+        return self.state_dir / GATEWAY
 
     @property
     def access_log(self) -> Path:
@@ -190,7 +189,7 @@ class Gateway:
         state_dir = Path(state_dir).resolve()
         # In this process first, where what is wrong can be told.
         _prepared(state_dir, options)
-        folder = state_dir / FOLDER
+        folder = state_dir / GATEWAY
         console = folder / "console.log"
         with console.open("wb") as output:
             child = subprocess.Popen(
@@ -225,7 +224,7 @@ class Gateway:
                 f"nginx (process {nginx.pid}) still answers for {state_dir}, but the process that looks after it has ended; "
                 "`skewless gateway start`, with the same options, takes it over, and `skewless gateway stop` ends it"
             )
-        ended = "" if found is None else f" (process {found.pid} has ended, see {state_dir / FOLDER / 'console.log'})"
+        ended = "" if found is None else f" (process {found.pid} has ended, see {state_dir / GATEWAY / 'console.log'})"
         raise UsageError(
             f"no gateway is running in {state_dir}{ended}; start one with `skewless gateway start --state-dir {state_dir}`"
         )
@@ -252,12 +251,12 @@ class Gateway:
     @classmethod
     def _read(cls, state_dir: Path) -> Gateway | None:
         try:
-            found = json.loads((state_dir / FOLDER / _STATE).read_text())
+            found = json.loads((state_dir / GATEWAY / _STATE).read_text())
             return cls(state_dir, **{each.name: found[each.name] for each in fields(cls) if each.name != "state_dir"})
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            file = state_dir / FOLDER / _STATE
+            file = state_dir / GATEWAY / _STATE
             raise UsageError(f"{file} is not what `skewless gateway` writes; remove it") from error
 
     def write(self) -> None:
@@ -276,7 +275,7 @@ def run(state_dir: str | Path, options: Options, started: Callable[[Gateway], No
     """
     state_dir = Path(state_dir).resolve()
     server = _prepared(state_dir, options)
-    folder = state_dir / FOLDER
+    folder = state_dir / GATEWAY
     running = f"a gateway is running in {state_dir}; stop it with `skewless gateway stop --state-dir {state_dir}`"
     with exclusive(folder / "lock", running):
         nginx = _Nginx(folder)
@@ -316,7 +315,7 @@ def run(state_dir: str | Path, options: Options, started: Callable[[Gateway], No
 def orphan(state_dir: Path) -> psutil.Process | None:
     """A gateway's nginx whose other process has been killed."""
     found = Gateway._read(state_dir)
-    return None if found is None or found.process() else _nginx_of(state_dir / FOLDER)
+    return None if found is None or found.process() else _nginx_of(state_dir / GATEWAY)
 
 
 def stop(state_dir: str | Path) -> int:
@@ -326,8 +325,8 @@ def stop(state_dir: str | Path) -> int:
     """
     state_dir = Path(state_dir).resolve()
     if (nginx := orphan(state_dir)) is not None:
-        _Nginx(state_dir / FOLDER).stop()
-        (state_dir / FOLDER / _STATE).unlink(missing_ok=True)
+        _Nginx(state_dir / GATEWAY).stop()
+        (state_dir / GATEWAY / _STATE).unlink(missing_ok=True)
         return nginx.pid
     running = Gateway.attach(state_dir)
     running.stop()
@@ -336,7 +335,7 @@ def stop(state_dir: str | Path) -> int:
 
 def follow(state_dir: Path) -> None:
     """Have the gateway follow the rollouts as they are now, from its next request on."""
-    folder = state_dir / FOLDER
+    folder = state_dir / GATEWAY
     if folder.is_dir():
         # Whoever comes later has read what is newer.
         with _waiting(folder / "routes.lock"):
@@ -346,7 +345,7 @@ def follow(state_dir: Path) -> None:
 def configuration(options: Options, state_dir: Path, max_body: int) -> str:
     """nginx's configuration. No name of a model, a version or a client is in it. Raises UsageError for a path that it could
     not be written with."""
-    folder = state_dir / FOLDER
+    folder = state_dir / GATEWAY
     code = TEMPLATE.parent
     for path in (folder, code, options.tls_cert, options.tls_key):
         if path and not _PLAIN_PATH.fullmatch(str(path.absolute())):
@@ -489,7 +488,7 @@ class _Keeper:
 
     def __init__(self, state_dir: Path, server: Server, options: Options, nginx: _Nginx) -> None:
         self._state_dir, self._options, self._nginx = state_dir, options, nginx
-        self._folder = state_dir / FOLDER
+        self._folder = state_dir / GATEWAY
         self._server = server
         self._registered: list[tuple[str, str]] = []
         self._anew_since = 0.0
@@ -587,7 +586,7 @@ def _prepared(state_dir: Path, options: Options) -> Server:
             f"a gateway is running in {state_dir} already (process {running.pid}, {running.rest_url}); stop it with "
             f"`skewless gateway stop --state-dir {state_dir}`"
         )
-    folder = state_dir / FOLDER
+    folder = state_dir / GATEWAY
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         (folder / "temp").mkdir(exist_ok=True)

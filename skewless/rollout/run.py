@@ -16,8 +16,8 @@ from skewless.rollout.gateway import follow
 from skewless.rollout.judge import as_text, assess
 from skewless.rollout.kubernetes import write_patches
 from skewless.rollout.policy import SHADOW, Policy
-from skewless.rollout.state import FOLDER, Rollout, current, exclusive
-from skewless.torchserve.server import Server
+from skewless.rollout.state import Rollout, current, exclusive
+from skewless.torchserve.server import ROLLOUTS, Server
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def unattended(
     # What is wrong from the start is told at once; later on it may pass.
     steps(Path(rollout.policy) if rollout.policy else None)
     said = ""
-    with exclusive(state_dir / FOLDER / f"{model}.run.lock", busy):
+    with exclusive(state_dir / ROLLOUTS / f"{model}.run.lock", busy):
         while rollout.running:
             try:
                 done, words = _once(state_dir, rollout, judged)

@@ -21,9 +21,8 @@ from skewless.core.files import atomic
 from skewless.errors import ServerError, UsageError
 from skewless.torchserve import versions
 from skewless.torchserve.audit import DONE, FAILED, INTERRUPTED, REFUSED, Audit
-from skewless.torchserve.server import Server
+from skewless.torchserve.server import ROLLOUTS, Server
 
-FOLDER = "rollouts"  # in the state directory
 # The gateway's split has this many parts.
 PARTS = 1000
 # As its length is written into a call's message in one byte.
@@ -115,7 +114,7 @@ class Rollout:
 
 def rollouts(state_dir: Path) -> list[Rollout]:
     """The last rollout of every model that had one, by name. Raises UsageError for a damaged file."""
-    names = sorted(file.stem for file in (state_dir / FOLDER).glob("*.json") if not file.name.startswith("."))
+    names = sorted(file.stem for file in (state_dir / ROLLOUTS).glob("*.json") if not file.name.startswith("."))
     found = (Rollout.read(state_dir, name) for name in names)
     return [rollout for rollout in found if rollout]
 
@@ -274,7 +273,7 @@ def _file(state_dir: Path, model: str) -> Path:
         raise UsageError(
             f"{model!r:.100} is no model's name; expected letters, digits, _ . and -, without a dot in front"
         )
-    return state_dir / FOLDER / f"{model}.json"
+    return state_dir / ROLLOUTS / f"{model}.json"
 
 
 def _now() -> str:

@@ -34,7 +34,6 @@ from skewless.errors import LoadError, ServerError, UsageError
 from skewless.torchserve import launch
 from skewless.torchserve.archive import name_and_version
 from skewless.torchserve.audit import AUDIT
-from skewless.torchserve.versions import RECORD
 
 if TYPE_CHECKING:
     from skewless.packaging.signing import TrustedKeys
@@ -52,11 +51,13 @@ MARKER = ".skewless-server"
 _MARKED = "A server of skewless keeps its state in this folder, and removes it from here when it stops.\n"
 # How far a server in the foreground is, and the answers that a health check has found right.
 PHASE, HEALTH = "phase", "health.json"
+# What was registered, scaled and default; the last rollout of each model; the gateway's own folder.
+RECORD, ROLLOUTS, GATEWAY = "versions.json", "rollouts", "gateway"
 # What a server writes into its state directory.
 _STATE, _KEYS, _DERIVED, _TEMPORARY = "state.json", "key_file.json", "config.properties", "tmp"
 _WRITTEN = {
     *(_STATE, _KEYS, _DERIVED, _TEMPORARY, LOAD_ERRORS, PHASE, HEALTH, "logs", "lock", MARKER),
-    *(AUDIT, RECORD, JOURNAL, "gateway", "rollouts"),
+    *(AUDIT, RECORD, JOURNAL, ROLLOUTS, GATEWAY),
 }
 
 # For how long TorchServe may still be unpacking an archive whose registration nobody waits for any more.

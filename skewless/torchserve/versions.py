@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -24,13 +24,9 @@ from skewless.core.files import atomic
 from skewless.errors import ServerError, UsageError
 from skewless.torchserve.archive import Archive
 from skewless.torchserve.audit import DONE, FAILED, INTERRUPTED, REFUSED, Audit
+from skewless.torchserve.server import RECORD, ROLLOUTS, Server
 from skewless.torchserve.store import UNPROVED, archives, by_version
 
-if TYPE_CHECKING:
-    from skewless.torchserve.server import Server
-
-RECORD = "versions.json"  # in the state directory
-ROLLOUTS = "rollouts"  # in the state directory: MODEL.json of each model's last rollout
 _RUNNING = ("shadow", "split")  # phases of a rollout
 
 # registered: somebody asked for it. retired: somebody took it away. store: `serve run` found it in the model store.
