@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import venv
@@ -345,12 +346,16 @@ NAMESPACES = ["unshare", "--mount", "--pid", "--net", "--fork"]
 
 
 def can_unshare() -> bool:
-    tools = all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip")))
-    return tools and subprocess.run([*NAMESPACES, "mount", "--make-rprivate", "/"], capture_output=True).returncode == 0
+    tools = all(map(shutil.which, ("unshare", "nsenter", "setpriv", "ip", "ss")))
+    # The user of the image has to be able to run this Python and to read its packages.
+    reading = [*AS_USER, sys.executable, "-c", f"import os; os.listdir({sysconfig.get_path('purelib')!r})"]
+    commands = ([*NAMESPACES, "mount", "--make-rprivate", "/"], reading)
+    return tools and all(subprocess.run(each, capture_output=True).returncode == 0 for each in commands)
 
 
 needs_namespaces = pytest.mark.skipif(
-    not can_unshare(), reason="namespaces of one's own need root, unshare, nsenter, setpriv and ip"
+    not can_unshare(),
+    reason="namespaces of one's own need root, unshare, nsenter, setpriv, ip and ss, and a Python that other users may run",
 )
 
 # Of a caller of the gateway.
