@@ -533,6 +533,7 @@ def test_the_build_ends_with_2_before_it_reads_a_checkpoint(tmp_path: Path):
     (folder / TORCHSERVE).write_text(yaml.safe_dump(settings | {"batchSize": 64}))
     (tmp_path / "best.pth").touch()
     (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "predictions.csv").touch()
     ended = call_skewless(
         *("build", folder, "--checkpoint", tmp_path / "best.pth", "--evaluation", tmp_path, "--version", "1.0"),
         *("--out", tmp_path / "store"),
