@@ -41,7 +41,8 @@ class Asked:
 
 
 class Recordings:
-    """The recordings that callers send: those of a folder, each time as another level and beginning, one in ten in stereo."""
+    """The recordings that callers send: those of a folder, each time as another level and beginning, one in ten in stereo, one in
+    five as if it had been made at 24 kHz."""
 
     def __init__(self, files: Sequence[Path]):
         self._sounds = [_decoded(file) for file in files]
@@ -53,6 +54,8 @@ class Recordings:
         sound = samples[begins:] * level
         if chance.random() < 0.1:
             sound = np.stack([sound, sound], axis=1)
+        if chance.random() < 0.2:
+            rate = 24_000
         file = io.BytesIO()
         soundfile.write(file, sound, rate, format="WAV", subtype="PCM_16")
         return file.getvalue()
