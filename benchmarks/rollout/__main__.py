@@ -114,11 +114,9 @@ def _rolled_out(candidate: Candidate, store: Path, policy: Path, here: list[str 
     skewless("versions", "register", store / f"{NAME}-{candidate.version}.mar", *here)
     started = time.time()
     skewless("rollout", "start", NAME, "--candidate", candidate.version, "--policy", policy, *here)
-    good = candidate.expected == "promoted"
-    rollout = skewless("rollout", "run", NAME, "--every", "5", *here, failing=None)
-    state = rollout if isinstance(rollout, dict) else {}
+    state = skewless("rollout", "run", NAME, "--every", "5", *here, failing=None)
     history = state["history"]
-    if good:
+    if state["phase"] == "promoted":
         # Back again, so that every candidate is compared with the same version.
         skewless("versions", "default", NAME, BASELINE, *here)
     skewless("versions", "retire", NAME, candidate.version, *here)
