@@ -100,9 +100,11 @@ def _story(demo: Path, wanted: Sequence[Candidate], scratch: Path, seed: int) ->
         skewless("versions", "register", store / f"{NAME}-{BASELINE}.mar", "--default", *here)
         gateway = skewless("gateway", "start", "--ports", "free", *here)
         recordings = Recordings(sorted((demo / "corpus" / "audio").iterdir())[:48])
-        with Traffic(gateway["rest"], gateway["grpc"], NAME, recordings, CALLERS, CLIENTS, seed) as traffic:
-            ended = [_rolled_out(each, store, policy, here, traffic) for each in wanted]
-        skewless("gateway", "stop", *here)
+        try:
+            with Traffic(gateway["rest"], gateway["grpc"], NAME, recordings, CALLERS, CLIENTS, seed) as traffic:
+                ended = [_rolled_out(each, store, policy, here, traffic) for each in wanted]
+        finally:
+            skewless("gateway", "stop", *here)
         return ended, sorted(traffic.asked, key=lambda each: each.time)
     finally:
         Server.attach(state_dir).stop()
