@@ -736,6 +736,17 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @needs_nginx
+@needs_nginx
+def test_an_nginx_whose_process_id_is_lost_is_ended_too(tmp_path: Path):
+    nginx = module._Nginx(tmp_path)
+    nginx.configure(f"daemon off; pid {tmp_path}/nginx.pid; events {{}}")
+    nginx.start()
+    child = nginx._child
+    (tmp_path / "nginx.pid").unlink()
+    nginx.stop()
+    assert child.poll() is not None
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: apt-get install openssl")
 def test_tls_keys_rates_and_forms_by_option(place: Place, certificate: tuple[Path, Path], tmp_path: Path):
     cert, key = certificate

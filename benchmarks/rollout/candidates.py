@@ -64,7 +64,7 @@ MADE_FOR = {
 @dataclass(frozen=True)
 class MadeFor(Stage, name="made_for"):
     unit: ClassVar[str] = "full scale"
-    tolerance: ClassVar[Tolerance] = Tolerance(0.0, 0.0, "the samples as they are")
+    tolerance: ClassVar[Tolerance] = Tolerance(1e-6, 1e-4, "that of the decoder")
 
     def __call__(self, signal: Signal) -> Signal:
         return signal.of(signal.data, made_for=MADE_FOR[signal.sampling_rate])

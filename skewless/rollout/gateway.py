@@ -453,7 +453,11 @@ class _Nginx:
 
     def stop(self) -> None:
         """End it, when the requests under way are answered or STOP_S have passed."""
-        if running := self.process():
+        running = self.process()
+        if running is None and self._child and self._child.poll() is None:
+            # Somebody removed the file with its process id.
+            running = psutil.Process(self._child.pid)
+        if running:
             family = [running, *running.children()]
             for number in (signal.SIGQUIT, signal.SIGTERM, signal.SIGKILL):
                 for process in family if number == signal.SIGKILL else [running]:
