@@ -168,7 +168,9 @@ def prometheus(served: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
                 for _ in range(10):
                     assert client.predict_rest("tiny", b"RIFF no audio", version).status >= 400
                     assert client.predict_rest("tiny", long, version).status in (200, 400)
-        until(lambda: sum(float(each["value"][1]) for each in started.ask("skewless_decisions_total")) >= 60)
+        # All of them, and not only as many as it has seen so far: of each version one, and then 30 and 10 times 2.
+        sent = len(VERSIONS) * (1 + 30 + 10 * 2)
+        until(lambda: sum(float(each["value"][1]) for each in started.ask("skewless_files_total")) == sent)
         until(lambda: len(started.ask("skewless:score_psi")) == len(VERSIONS))
         started.asked_at = time.time()
         yield started
