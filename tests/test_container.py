@@ -30,6 +30,7 @@ from skewless.errors import UsageError
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import build_archive
 from skewless.torchserve import smoke
+from skewless.torchserve.archive import REFERENCE_LIST
 from skewless.torchserve.client import Client
 from skewless.torchserve.health import set_phase
 from skewless.torchserve.launch import read_properties
@@ -37,6 +38,7 @@ from skewless.torchserve.server import Server
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
 from tests.conftest import ROOT, call_skewless, until
+from tests.test_gateway import needs_nginx
 from tests.test_packages import share_packages
 from tests.tiny_model import make
 
@@ -210,7 +212,7 @@ def test_health_means_that_a_reference_has_its_recorded_probability(served: Serv
 
     # What the archive promises is another number now; what is served stays.
     def promise(name: str, content: bytes) -> bytes:
-        entries = json.loads(content) if name == smoke.ENTRIES else []
+        entries = json.loads(content) if name == REFERENCE_LIST else []
         changed = [{**entry, "scores": [1 - score for score in entry["scores"]]} for entry in entries]
         return json.dumps(changed).encode() if changed else content
 
@@ -456,12 +458,7 @@ def test_the_image_serves_with_a_read_only_root_as_a_user_without_rights(contain
 
 @pytest.mark.chain
 @needs_namespaces
-@pytest.mark.skipif(
-    shutil.which("nginx") is None, reason="nginx is not installed: apt-get install nginx libnginx-mod-http-lua"
-)
-@pytest.mark.skipif(
-    call_skewless("gateway", "run", "--help").returncode != 0, reason="this checkout has no `skewless gateway`"
-)
+@needs_nginx
 def test_the_gateways_image_lets_callers_with_a_key_in(container: Container, store: Path, tmp_path: Path):
     """In the server's namespaces, as in deploy/compose and deploy/kubernetes."""
     reference = tmp_path / "reference.wav"

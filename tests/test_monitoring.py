@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -40,9 +39,6 @@ needs_promtool = pytest.mark.skipif(
 )
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not installed: apt-get install prometheus"
-)
-needs_telemetry = pytest.mark.skipif(
-    importlib.util.find_spec("skewless.core.telemetry") is None, reason="workers of this checkout export no counts"
 )
 
 Samples = list[dict[str, Any]]
@@ -197,7 +193,6 @@ def of_version(samples: Samples, version: str) -> dict[str, float]:
 
 @pytest.mark.chain
 @needs_prometheus
-@needs_telemetry
 @pytest.mark.parametrize(("title", "expr"), PANELS, ids=[title for title, _ in PANELS])
 def test_every_panel_shows_both_versions(prometheus: Prometheus, title: str, expr: str):
     samples = prometheus.ask(filled(expr))
@@ -225,7 +220,6 @@ def test_every_panel_shows_both_versions(prometheus: Prometheus, title: str, exp
 
 @pytest.mark.chain
 @needs_prometheus
-@needs_telemetry
 def test_the_autoscaler_and_the_analysis_get_numbers(prometheus: Prometheus):
     (rule,) = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     assert prometheus.ask(rule["seriesQuery"])
@@ -257,7 +251,6 @@ def test_the_autoscaler_and_the_analysis_get_numbers(prometheus: Prometheus):
 
 
 @pytest.mark.chain
-@needs_telemetry
 def test_metrics_named_in_deploy_are_exported(served: Server):
     with Client(served) as client:
         client.predict_rest("tiny", recording(1, seed=1))

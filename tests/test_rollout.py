@@ -13,7 +13,7 @@ import pytest
 
 from skewless.errors import ServerError, UsageError
 from skewless.rollout import gateway, run, state
-from skewless.rollout.run import Judged
+from skewless.rollout.judge import Verdict
 from skewless.rollout.state import Rollout
 from tests.conftest import call_skewless
 from tests.test_gateway import PLAIN, Callers, Place, needs_nginx, place
@@ -242,7 +242,7 @@ def test_an_ending_that_is_killed_anywhere_is_ended_by_the_next_run(
             assert point >= 6
         except Killed:
             assert point < 6
-    judged = Judged(action, ["said so"], "", None)
+    judged = Verdict(action, ["said so"])
     left = Rollout.read(server.state_dir, "cough")
     assert left is not None
     if left.running:
@@ -266,10 +266,10 @@ def test_what_is_about_to_end_can_only_end(server: Stub):
     assert server.default == "1.0"
 
 
-def scripted(*actions: str) -> Callable[[Path, Rollout], Judged]:
+def scripted(*actions: str) -> Callable[[Path, Rollout], Verdict]:
     """A judge that says one thing after the other."""
     saying = iter(actions)
-    return lambda *_: Judged(next(saying), ["because"], "", None)
+    return lambda *_: Verdict(next(saying), ["because"])
 
 
 def test_unattended_it_follows_its_policy(server: Stub):
@@ -297,7 +297,7 @@ def test_unattended_it_goes_on_when_a_server_is_away_for_a_while(server: Stub, m
         return server
 
     monkeypatch.setattr(run.Server, "attach", attach)
-    done = run.unattended(server.state_dir, "cough", 1.0, lambda *_: Judged("promote", [], "", None), lambda _: None)
+    done = run.unattended(server.state_dir, "cough", 1.0, lambda *_: Verdict("promote", []), lambda _: None)
     assert done.phase == "promoted"
 
 
@@ -336,8 +336,8 @@ def test_unattended_it_may_be_killed_at_any_moment(server: Stub, monkeypatch: py
     monkeypatch.setattr(Stub, "set_default", counted(Stub.set_default))
     monkeypatch.setattr(gateway, "_replace", counted(gateway._replace))
 
-    def says(_: Path, rollout: Rollout) -> Judged:
-        return Judged("promote" if rollout.percent == 100 else "step", [], "", None)
+    def says(_: Path, rollout: Rollout) -> Verdict:
+        return Verdict("promote" if rollout.percent == 100 else "step", [])
 
     try:
         run.unattended(server.state_dir, "cough", 1.0, says, lambda _: None)

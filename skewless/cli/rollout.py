@@ -166,13 +166,14 @@ def rollout_status(
     state_dir: StateDir = STATE_DIR,
 ) -> Result:
     """How a rollout stands, how the two versions compare, and what its policy says."""
-    from skewless.rollout import run, state
+    from skewless.rollout import state
+    from skewless.rollout.judge import as_text, assess
 
     folder = Path(state_dir).resolve()
     found = state.rollouts(folder) if model is None else [_known(folder, model)]
-    shown = [(each, run.verdict(folder, each) if each.running else None) for each in found]
-    text = "\n\n".join("\n".join([_as_text(each), *([judged.text] if judged else [])]) for each, judged in shown)
-    data = [{"rollout": each, "verdict": judged and judged.data} for each, judged in shown]
+    shown = [(each, assess(folder, each) if each.running else None) for each in found]
+    text = "\n\n".join("\n".join([_as_text(each), *([as_text(judged)] if judged else [])]) for each, judged in shown)
+    data = [{"rollout": each, "verdict": judged} for each, judged in shown]
     return Result(data[0] if model else data, text or "no model has had a rollout")
 
 

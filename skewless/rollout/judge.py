@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,38 +15,13 @@ from skewless.rollout.drift import Drift, between_samples, from_histogram
 from skewless.rollout.evidence import REFUSED, Arm, Evidence, Pair, Sent
 from skewless.rollout.policy import SHADOW, Policy
 from skewless.rollout.sequential import Interval, differences, mean_interval
+from skewless.rollout.state import Rollout
 
 Action = Literal["step", "hold", "abort", "promote"]
 
 # Requests of the baseline by which "slow" is defined, once and for all: later ones are compared by it.
 LATENCY_BASIS = 200
 SLOW = 95  # percentile
-
-
-class _Entry(Protocol):
-    @property
-    def time(self) -> str: ...
-    @property
-    def percent(self) -> float: ...
-
-
-class _Rollout(Protocol):
-    @property
-    def model(self) -> str: ...
-    @property
-    def baseline(self) -> str: ...
-    @property
-    def candidate(self) -> str: ...
-    @property
-    def policy(self) -> str | None: ...
-    @property
-    def percent(self) -> float: ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def started(self) -> str: ...
-    @property
-    def history(self) -> Sequence[_Entry]: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +39,7 @@ class Progress:
     now: float
 
     @classmethod
-    def of(cls, rollout: _Rollout, now: float | None = None) -> Progress:
+    def of(cls, rollout: Rollout, now: float | None = None) -> Progress:
         """Of a rollout's state. now: None for the present."""
         times = [_seconds(entry.time) for entry in rollout.history] or [_seconds(rollout.started)]
         # The shadow's requests and the split's are two experiments.
@@ -150,7 +125,7 @@ class Verdict:
     unreadable: int = 0
 
 
-def assess(state_dir: str | Path, rollout: _Rollout, now: float | None = None) -> Verdict:
+def assess(state_dir: str | Path, rollout: Rollout, now: float | None = None) -> Verdict:
     """Judge a rollout by the logs of its server's state directory and by its policy file, or the defaults where it names none.
 
     Where a candidate is aborted in the shadow, the reasons say why the files that moved most did, of those that were kept.
@@ -165,7 +140,7 @@ def assess(state_dir: str | Path, rollout: _Rollout, now: float | None = None) -
     return verdict
 
 
-def evidence_of(state_dir: str | Path, rollout: _Rollout) -> Evidence:
+def evidence_of(state_dir: str | Path, rollout: Rollout) -> Evidence:
     """What is known of a rollout's versions since it began."""
     since = _seconds(rollout.started)
     return Evidence.gather(state_dir, rollout.model, rollout.baseline, rollout.candidate, since)

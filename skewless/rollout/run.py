@@ -6,28 +6,16 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from skewless.errors import ServerError, UsageError
 from skewless.rollout import state
 from skewless.rollout.gateway import follow
-from skewless.rollout.judge import as_text, assess
+from skewless.rollout.judge import Verdict, assess
 from skewless.rollout.kubernetes import write_patches
 from skewless.rollout.policy import SHADOW, Policy
 from skewless.rollout.state import Rollout, current, exclusive
 from skewless.torchserve.server import ROLLOUTS, Server
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the policy says of a rollout now. action: "step", "hold", "abort" or "promote". text: for people. data: for --json."""
-
-    action: str
-    reasons: list[str]
-    text: str
-    data: Any
 
 
 def steps(policy: Path | None) -> list[tuple[float, bool]]:
@@ -39,12 +27,6 @@ def steps(policy: Path | None) -> list[tuple[float, bool]]:
 def first_step(policy: Path | None) -> tuple[float, bool]:
     """Where a rollout begins: percent, and whether it is the shadow."""
     return steps(policy)[0]
-
-
-def verdict(state_dir: Path, rollout: Rollout) -> Judged:
-    """What the policy says of a rollout that runs."""
-    found = assess(state_dir, rollout)
-    return Judged(found.action, list(found.reasons), as_text(found), found)
 
 
 def kubernetes_patches(model: str, baseline: str, candidate: str, policy: Path | None, out_dir: Path) -> list[Path]:
@@ -91,7 +73,7 @@ def unattended(
     state_dir: Path,
     model: str,
     every_s: float,
-    judged: Callable[[Path, Rollout], Judged] = verdict,
+    judged: Callable[[Path, Rollout], Verdict] = assess,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Rollout:
     """Do what the policy says, with a look every `every_s` seconds, until the rollout is promoted or aborted.
@@ -122,7 +104,7 @@ def unattended(
     return rollout
 
 
-def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Judged]) -> tuple[bool, str]:
+def _once(state_dir: Path, rollout: Rollout, judge: Callable[[Path, Rollout], Verdict]) -> tuple[bool, str]:
     """One look. Returns whether something was done, and what in words."""
     model = rollout.model
     # The gateway may have missed the last step, if whoever made it was killed.

@@ -24,6 +24,7 @@ from skewless.core.yaml_file import MAX_BYTES, parse_yaml
 from skewless.errors import UsageError
 
 MANIFEST, METRICS, MODEL = "MAR-INF/MANIFEST.json", "metrics.json", "model.yaml"
+REFERENCE_LIST = "references/references.json"  # its references, and what each must get
 SIGNATURE = "signature.json"  # over every other member
 MAX_JSON_BYTES = 32 * 2**20
 MAX_FILE_BYTES = 64 * 2**20  # a reference is sent as a request, and this is the largest that config.properties lets in

@@ -17,11 +17,9 @@ import requests
 
 from skewless.core.files import atomic
 from skewless.errors import ServerError, UsageError
-from skewless.torchserve.archive import Archive
+from skewless.torchserve.archive import REFERENCE_LIST, Archive
 from skewless.torchserve.server import HEALTH, PHASE, Server, bearer, session
 
-# Where the archive's references are listed; skewless/torchserve/smoke.py sends all of them.
-ENTRIES = "references/references.json"
 # With every request of a check, so that it can be told from a user's.
 HEADERS = {"Content-Type": "application/octet-stream", "X-Skewless-Check": "health"}
 
@@ -120,11 +118,11 @@ def _check_model(server: Server, model: dict[str, Any], timeout: float) -> Check
 def _smallest_reference(path: Path) -> tuple[str, bytes] | None:
     """Name and bytes of the reference with the fewest bytes; None for an archive without any."""
     with Archive(path) as archive:
-        entries = archive.json(ENTRIES) if ENTRIES in archive else []
+        entries = archive.json(REFERENCE_LIST) if REFERENCE_LIST in archive else []
         try:
             names = [f"references/{entry['file']}" for entry in entries]
         except (LookupError, TypeError) as error:
-            raise archive.refused(f"its {ENTRIES} is not as `skewless build` writes it: {error!r}") from error
+            raise archive.refused(f"its {REFERENCE_LIST} is not as `skewless build` writes it: {error!r}") from error
         payloads = {name: archive.read(name) for name in names}
     if not payloads:
         return None

@@ -18,11 +18,10 @@ from skewless.core.definition import MODEL, read_model
 from skewless.core.errors import DefinitionError
 from skewless.core.postprocess import Postprocessor, build_postprocessor
 from skewless.errors import UsageError
-from skewless.torchserve.archive import METRICS, Archive
+from skewless.torchserve.archive import METRICS, REFERENCE_LIST, Archive
 from skewless.torchserve.client import Answer, Client
 from skewless.torchserve.server import Server
 
-ENTRIES = "references/references.json"
 # Enough requests at once for batches to form, few enough for a small machine's queue.
 _CONCURRENCY = 8
 
@@ -49,7 +48,7 @@ class References:
         Raises UsageError for an archive that carries none, or that is not as `skewless build` writes it.
         """
         with Archive(path) as archive, tempfile.TemporaryDirectory() as folder:
-            entries, metrics = archive.json(ENTRIES), archive.json_object(METRICS)
+            entries, metrics = archive.json(REFERENCE_LIST), archive.json_object(METRICS)
             if not entries:
                 raise UsageError(
                     f"{path.name} carries no references, so there is nothing to compare its answers with; rebuild it with "
