@@ -1,6 +1,6 @@
 """The archives that a rollout is tried with: one that serves, a new version as good as it, and four that are worse.
 
-All have the same trained weights, so what differs is what was changed here, and nothing else. Two of them have another
+All have the same trained weights, so what differs is what was changed here, and nothing else. Three of them have another
 pipeline: somebody imported the weights behind the wrong preprocessing, and evaluation, which has the same one, did not notice.
 """
 
