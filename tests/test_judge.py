@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from benchmarks import rollout_simulation
 from skewless import resources
 from skewless.core.definition import Definition
 from skewless.core.pipeline import Pipeline
+from skewless.core.stages import PipelineError
 from skewless.errors import UsageError
 from skewless.evaluation.evaluate import evaluate
 from skewless.packaging.build import build_archive
@@ -32,6 +34,7 @@ from skewless.rollout.labels import by_labels, read_labels
 from skewless.rollout.policy import Policy
 from skewless.rollout.sequential import BETS, block_ends, differences, log_capital, mean_interval
 from skewless.rollout.shadow import NETWORK, explain, prepared_for
+from skewless.skew.measure import Comparator
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import read_manifest
 from tests.conftest import call_skewless
@@ -385,6 +388,16 @@ def test_an_answer_and_a_refusal_of_the_same_bytes_are_a_flip(logs: Logs):
     logs.write([sent, copy], [logs.answer(sent), logs.answer(copy, status=415, score=None, choice=None)])
     (pair,) = gathered(logs).pairs()
     assert pair.flipped and pair.dp is None
+
+
+def test_a_failed_copy_is_a_failed_request_and_no_flip(logs: Logs):
+    sent = logs.request("baseline", START)
+    copy = logs.request("shadow", START, id=sent["id"])
+    logs.write([sent, copy], [logs.answer(sent), logs.answer(copy, status=500, score=None, choice=None)])
+    evidence = gathered(logs)
+    (pair,) = evidence.pairs()
+    assert not pair.flipped and pair.dp is None
+    assert [(ours.failed, theirs.failed) for ours, theirs in evidence.copies()] == [(False, True)]
 
 
 def test_a_file_that_failed_inside_of_a_request_with_several_is_that_requests_failure(logs: Logs):
@@ -825,7 +838,11 @@ def altered(archive: Path, store: Path, version: str, edit: tuple[str, str] = ("
 
 
 @pytest.mark.chain
-def test_the_worst_files_name_the_first_stage_that_differs(tiny_model: TinyModel, tmp_path: Path):  # noqa: F811
+def test_the_worst_files_name_the_first_stage_that_differs(
+    tiny_model: TinyModel,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     definition, store = tiny_model.definition, tmp_path / "store"
     recordings = read_manifest(tiny_model.manifest, tiny_model.manifest.parent, definition.classes)
     checkpoint, device = load_checkpoint(tiny_model.checkpoint), torch.device("cpu")
@@ -833,11 +850,12 @@ def test_the_worst_files_name_the_first_stage_that_differs(tiny_model: TinyModel
     built = build_archive(tiny_model.archive, tiny_model.checkpoint, tmp_path / "test", "1.0", store).path
     altered(built, store, "2.0", ("f_max: 4000.0", "f_max: 3000.0"))
     altered(built, store, "3.0")
+    altered(built, store, "4.0", ("size: 224", "size: 112"))
     logs = Logs(tmp_path / "state")
     (logs.folder / "state.json").write_text(json.dumps({"model_store": str(store)}))
     kept = logs.folder / "journal" / "kept"
     kept.mkdir()
-    for version in ("2.0", "3.0"):
+    for version in ("2.0", "3.0", "4.0"):
         requests, answers = [], []
         for number, moved in enumerate((0.1, 0.4, 0.3, 0.0)):
             upload = recording(1, number)
@@ -861,12 +879,23 @@ def test_the_worst_files_name_the_first_stage_that_differs(tiny_model: TinyModel
             assert [each.stage for each in worst] == ["mel", "mel"]
             assert worst[0].definition == "f_max 4000.0 → 3000.0" and worst[0].largest > 0 and worst[0].preprocessing
             assert f"{worst[0].sha256[:12]}: 0.2000 to 0.6000; first differs at 'mel' (" in str(worst[0])
+        elif version == "4.0":
+            assert [each.stage for each in worst] == ["letterbox", "letterbox"]
+            assert worst[0].preprocessing and "size 224 → 112" in str(worst[0])
+            with monkeypatch.context() as patch:
+                # This network takes pictures of every size; one that was made a graph of for 224 does not.
+                patch.setattr(Comparator, "_score", Mock(side_effect=PipelineError("the network cannot take it")))
+                worst = explain(evidence)
+            assert [(each.stage, each.preprocessing) for each in worst] == [("letterbox", None)] * 2
+            assert "(size 224 → 112)" in str(worst[0]) and str(worst[0]).endswith(
+                "; the baseline's network cannot take what the candidate's pipeline gives"
+            )
         else:
             assert [(each.stage, each.preprocessing) for each in worst] == [(NETWORK, 0.0)] * 2
             assert "both networks take the same input" in str(worst[0])
         assert len(explain(evidence, count=1)) == 1
-    (store / "tiny-3.0.mar").unlink()
-    with pytest.raises(UsageError, match=r"the archive of tiny 3\.0 is not in the model store any more; put it back"):
+    (store / "tiny-4.0.mar").unlink()
+    with pytest.raises(UsageError, match=r"the archive of tiny 4\.0 is not in the model store any more; put it back"):
         explain(evidence)
     for path in kept.iterdir():
         path.unlink()

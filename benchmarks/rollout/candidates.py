@@ -96,9 +96,7 @@ CANDIDATES = (
     ),
     Candidate("2.2", "slower: one thread, not optimised", "aborted", "slow requests", model=_on_one_thread),
     Candidate("2.3", "skewed: no peak normalisation", "aborted", "peak_normalize", pipeline=_level_by_bit_depth),
-    Candidate(
-        "2.4", "faster: spectrograms of half the size", "aborted", "answered otherwise", pipeline=_smaller_pictures
-    ),
+    Candidate("2.4", "faster: spectrograms of half the size", "aborted", "letterbox", pipeline=_smaller_pictures),
 )
 
 

@@ -58,8 +58,8 @@ class Pair(NamedTuple):
 
     @property
     def flipped(self) -> bool:
-        """Whether the two decide otherwise; so do an answer and a refusal."""
-        return self.baseline.choice != self.candidate.choice
+        """Whether the two decide otherwise; so do an answer and a refusal. A failure decides nothing: it counts as a failed request."""
+        return self.baseline.choice != self.candidate.choice and max(self.baseline.status, self.candidate.status) < 500
 
     @property
     def dp(self) -> float | None:

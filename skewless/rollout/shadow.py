@@ -30,7 +30,7 @@ class Explained:
     sha256, id: of the file and its request. baseline, candidate: the probabilities. stage: the first one whose output is another,
     NETWORK where both networks take the same. definition: how the two definitions differ there, in words. largest: difference of
     the stage's output, in `unit`; None where the two outputs cannot be subtracted. preprocessing: by how much the probability
-    moves where only the pipeline is the candidate's.
+    moves where only the pipeline is the candidate's; None where the baseline's network cannot take what that gives.
     """
 
     sha256: str
@@ -41,17 +41,19 @@ class Explained:
     definition: str
     largest: float | None
     unit: str
-    preprocessing: float
+    preprocessing: float | None
 
     def __str__(self) -> str:
         moved = f"{self.sha256[:12]}: {self.baseline:.4f} to {self.candidate:.4f}"
         if self.stage == NETWORK:
             return f"{moved}; both networks take the same input, and answer otherwise"
         by = "" if self.largest is None else f", by up to {self.largest:.4g} {self.unit}".rstrip()
-        return (
-            f"{moved}; first differs at '{self.stage}' ({self.definition}){by}; the pipeline alone moves it by "
-            f"{self.preprocessing:+.4f}"
+        alone = (
+            "the baseline's network cannot take what the candidate's pipeline gives"
+            if self.preprocessing is None
+            else f"the pipeline alone moves it by {self.preprocessing:+.4f}"
         )
+        return f"{moved}; first differs at '{self.stage}' ({self.definition}){by}; {alone}"
 
 
 def explain(evidence: Evidence, count: int = 5) -> list[Explained]:
@@ -73,20 +75,26 @@ def explain(evidence: Evidence, count: int = 5) -> list[Explained]:
                 continue
             comparator = comparator or _comparator(evidence, stack)
             try:
-                measured = comparator.measure(digest, payload)
-                units = {key: output.unit for key, output in comparator.traces(payload)[0].items()}
+                traces = comparator.traces(payload)
             except (InputError, PipelineError) as error:
                 # Both workers answered it: it is this machine, or an archive that was replaced, that is other.
                 raise UsageError(f"the upload {digest} cannot be read again: {error}") from error
             rows = comparator.alignment.rows
-            at = first_divergence(rows, measured.outcomes)
+            outcomes = comparator.outcomes(*traces)
+            at = first_divergence(rows, outcomes)
             stage, definition, largest, unit = NETWORK, "same", None, ""
             if at is not None:
-                tally = measured.outcomes[at].tally
+                tally = outcomes[at].tally
                 stage, definition = rows[at].label, comparator.alignment.definition(rows[at])
-                largest, unit = tally.maximum if tally else None, units.get(stage, "")
+                largest = tally.maximum if tally else None
+                unit = traces[0][stage].unit if stage in traces[0] else ""
+            try:
+                preprocessing = comparator.measure(digest, payload).change
+            except PipelineError:
+                # A network of its own may take another input, such as a smaller picture.
+                preprocessing = None
             found[digest] = Explained(
-                digest, ours.id, ours.score, theirs.score, stage, definition, largest, unit, measured.change
+                digest, ours.id, ours.score, theirs.score, stage, definition, largest, unit, preprocessing
             )
             if len(found) == count:
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Unpack
 
@@ -206,7 +206,7 @@ class Comparator:
             label,
             reference,
             candidate,
-            tuple(self._outcomes(ours.values(), theirs.values())),
+            tuple(self.outcomes(ours, theirs)),
             tuple(answers["alone"]),
             tuple(answers["in_order"]),
             failures,
@@ -270,8 +270,9 @@ class Comparator:
                 raise PipelineError(f"the post-processing cannot take what the network gives: {error}") from error
         return scores[key]
 
-    def _outcomes(self, ours: Iterable[Output], theirs: Iterable[Output]) -> list[Outcome]:
-        left, right = iter(ours), iter(theirs)
+    def outcomes(self, ours: Mapping[str, Output], theirs: Mapping[str, Output]) -> list[Outcome]:
+        """What both hold after each row of the alignment, by the two traces of `traces`."""
+        left, right = iter(ours.values()), iter(theirs.values())
         a = b = None
         outcomes = []
         for row in self.alignment.rows:
