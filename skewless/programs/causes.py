@@ -1,0 +1,285 @@
+"""One file through two programs: the first line at which they part, training's value put in its place, the next line, and so on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from skewless.programs.match import RTOL, Comparison, Counterpart, Parting
+from skewless.programs.program import Side
+from skewless.programs.recorder import Place
+from skewless.programs.trace import Event, Site, Trace
+from skewless.programs.values import canonical
+from skewless.programs.worker import ProgramError
+
+# More lines than this are not one service that differs from its training, but two programs.
+MOST_CAUSES = 40
+
+Plan = dict[Place, dict[str, np.ndarray]]
+# The scores of what a program returned, for its probability and decision.
+Score = Callable[[np.ndarray], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far two programs' results are apart: the largest absolute difference, and that by training's largest number.
+
+    None where they cannot be subtracted: another number of arrays, or of axes. rows: (training's, the candidate's) where the first axis
+    has another length; then the difference is over the rows that both have.
+    """
+
+    largest: float | None
+    relative: float | None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a program returned: its first array, and the scores that a network gives it."""
+
+    array: np.ndarray | None
+    scores: tuple[float, ...] | None = None
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A line of the candidate that computes something training never has.
+
+    parting: where. counterpart: what training does there, None where nothing of training's is like it.
+    reference, candidate: the two values in question, None where they were too large to keep.
+    pair: the candidate's event and training's. common: (the candidate's line, training's line) that last gave the same value.
+    before, after: what the candidate returns with all causes before it put right, and with this one as well; None for after where
+    training's value could not be put in place: `stopped` says why.
+    alone: what training returns when only this is done as the candidate does it; None where that cannot run.
+    """
+
+    parting: Parting
+    counterpart: Counterpart | None
+    reference: np.ndarray | None = field(repr=False)
+    candidate: np.ndarray | None = field(repr=False)
+    pair: tuple[Event, Event | None]
+    common: tuple[Event | None, Event | None]
+    before: Outcome
+    after: Outcome | None
+    alone: Outcome | None
+    stopped: str = ""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One file. causes: in the order of the candidate's lines. same: whether the results agree once all causes are put right.
+
+    first_same: whether they agree as they are. stopped: why the search ended before they agreed.
+    """
+
+    file: str
+    training: Trace
+    candidate: Trace
+    reference_outcome: Outcome
+    candidate_outcome: Outcome
+    causes: tuple[Cause, ...]
+    first_same: bool
+    same: bool
+    stopped: str = ""
+
+
+class Search:
+    """Looks for the causes of one file. score: of the network's input, for probabilities; None without a network."""
+
+    def __init__(self, reference: Side, candidate: Side, *, rtol: float = RTOL, score: Score | None = None):
+        self._reference, self._candidate, self._rtol, self._score = reference, candidate, rtol, score
+
+    def compare(self, name: str, reference: Trace, candidate: Trace, run: Callable[[Side, Plan], Trace]) -> Compared:
+        """Compare two first runs on a file; `run` repeats one with values put in place. Raises ProgramError as it does."""
+        comparison = Comparison(reference, candidate, self._rtol)
+        first_same = comparison.outputs_same()
+        target = self._outcome(reference)
+        first = before = self._outcome(candidate)
+        plan: Plan = {}
+        causes: list[Cause] = []
+        left: set[Site] = set()
+        stopped = ""
+        while not comparison.outputs_same():
+            if len(causes) == MOST_CAUSES:
+                stopped = f"there are more than {MOST_CAUSES} such lines"
+                break
+            partings = [p for p in comparison.partings(left) if p.site not in left]
+            if not partings:
+                stopped = stopped or "no line was found whose inputs training had and whose result it never has"
+                break
+            parting = partings[0]
+            fixed, reason = self._fix(parting, comparison, plan, run)
+            if fixed is None:
+                left.add(parting.site)
+                cause = self._cause(comparison, parting, None, before, None, run, reason)
+                causes.append(cause)
+                stopped = reason
+                continue
+            counterpart, new, after = fixed
+            outcome = self._outcome(after)
+            if len(after.outputs) and _unmoved(before, outcome):
+                # The line differs, and nothing that is returned depends on how.
+                left.add(parting.site)
+            else:
+                causes.append(self._cause(comparison, parting, counterpart, before, outcome, run, ""))
+            plan, before = new, outcome
+            comparison = Comparison(reference, after, self._rtol)
+        return Compared(
+            name, reference, candidate, target, first, tuple(causes), first_same, comparison.outputs_same(), stopped
+        )
+
+    def _fix(
+        self, parting: Parting, comparison: Comparison, plan: Plan, run: Callable[[Side, Plan], Trace]
+    ) -> tuple[tuple[Counterpart, Plan, Trace] | None, str]:
+        """Put training's value in place of the line's, trying what training may do there from the most likely on."""
+        reason = "training computes nothing like it"
+        best: tuple[float, Counterpart, Plan, Trace] | None = None
+        for counterpart in parting.counterparts:
+            new = _substitutes(parting, counterpart, comparison)
+            if new is None:
+                reason = "a value was too large to keep; give --memory more"
+                continue
+            try:
+                after = run(self._candidate, {**plan, **new})
+            except ProgramError as error:
+                reason = f"training's value cannot be put in its place: {error}"
+                continue
+            following = Comparison(comparison.reference, after, self._rtol)
+            if following.outputs_same():
+                return (counterpart, {**plan, **new}, after), ""
+            if any(p.site == parting.site and p.events == parting.events for p in following.partings()):
+                reason = "training's value in its place changes nothing"
+                continue
+            distance = distance_of(self._outcome(comparison.reference, scored=False), self._outcome(after, scored=False))
+            far = float("inf") if distance.relative is None else distance.relative
+            if best is None or far < best[0] * 0.5:
+                best = (far, counterpart, {**plan, **new}, after)
+        return (best[1:], "") if best else (None, reason)
+
+    def _cause(
+        self,
+        comparison: Comparison,
+        parting: Parting,
+        counterpart: Counterpart | None,
+        before: Outcome,
+        after: Outcome | None,
+        run: Callable[[Side, Plan], Trace],
+        stopped: str,
+    ) -> Cause:
+        shown = counterpart or (parting.counterparts[0] if parting.counterparts else None)
+        at = _clearest(comparison, parting, shown)
+        event = parting.events[at]
+        other = shown.events[at] if shown and shown.events else None
+        theirs = shown.instead[at] if shown else None
+        common = next((i.digest for i in event.inputs if comparison.had(i.digest)), None)
+        had = comparison.had(common) if common else None
+        return Cause(
+            parting,
+            shown,
+            comparison.reference.arrays.get(theirs) if theirs else None,
+            comparison.candidate.arrays.get(event.outputs[0].digest),
+            (event, other),
+            (
+                comparison.graph.maker(common) if common else None,
+                comparison.reference_graph.maker(had) if had else None,
+            ),
+            before,
+            after,
+            self._alone(comparison, parting, counterpart, run) if counterpart else None,
+            stopped,
+        )
+
+    def _alone(
+        self, comparison: Comparison, parting: Parting, counterpart: Counterpart, run: Callable[[Side, Plan], Trace]
+    ) -> Outcome:
+        """Training's program with the candidate's values at this one line."""
+        plan: Plan = {}
+        for n, event in enumerate(parting.events):
+            other = counterpart.events[n] if counterpart.events else comparison.reference_graph.maker(counterpart.instead[n])
+            array = comparison.candidate.arrays.get(event.outputs[0].digest)
+            if other is None or array is None:
+                return Outcome(None, refused="training has no line at which it can be done alone")
+            path = next((o.path for o in other.outputs if o.digest == counterpart.instead[n]), other.outputs[0].path)
+            plan[other.site, other.occurrence] = {path: array}
+        try:
+            return self._outcome(run(self._reference, plan))
+        except ProgramError as error:
+            return Outcome(None, refused=str(error))
+
+    def _outcome(self, trace: Trace, *, scored: bool = True) -> Outcome:
+        if not trace.outputs:
+            return Outcome(None, refused=f"{trace.program} returns no array")
+        array = trace.arrays.get(trace.outputs[0].digest)
+        if array is None:
+            return Outcome(None, refused="the result was too large to keep; give --memory more")
+        array = array.reshape(trace.outputs[0].shape)
+        if self._score is None or not scored:
+            return Outcome(array)
+        try:
+            return Outcome(array, self._score(array))
+        except ValueError as error:
+            return Outcome(array, refused=str(error))
+
+
+def distance_of(reference: Outcome, candidate: Outcome) -> Distance:
+    """How far the first arrays of two results are apart."""
+    if reference.array is None or candidate.array is None:
+        return Distance(None, None)
+    a, b = canonical(reference.array).astype(np.float64), canonical(candidate.array).astype(np.float64)
+    rows = None
+    if a.shape != b.shape:
+        if a.ndim != b.ndim or not a.ndim or a.shape[1:] != b.shape[1:]:
+            return Distance(None, None)
+        rows = (a.shape[0], b.shape[0])
+        shared = min(rows)
+        a, b = a[:shared], b[:shared]
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(a - b)
+    largest = float(np.nanmax(apart, initial=0.0))
+    scale = float(np.nanmax(np.abs(a), initial=0.0))
+    return Distance(largest, largest / scale if scale else None, rows)
+
+
+def _unmoved(before: Outcome, after: Outcome) -> bool:
+    if before.array is None or after.array is None:
+        return False
+    return before.array.shape == after.array.shape and np.array_equal(before.array, after.array, equal_nan=True)
+
+
+def _substitutes(parting: Parting, counterpart: Counterpart, comparison: Comparison) -> Plan | None:
+    plan: Plan = {}
+    for n, event in enumerate(parting.events):
+        digests = [(event.outputs[0].path, counterpart.instead[n])]
+        if counterpart.events and len(counterpart.events[n].outputs) == len(event.outputs):
+            digests = [(o.path, t.digest) for o, t in zip(event.outputs, counterpart.events[n].outputs, strict=True)]
+        arrays = {path: comparison.reference.arrays.get(digest) for path, digest in digests}
+        if any(array is None for array in arrays.values()):
+            return None
+        plan[event.site, event.occurrence] = {path: array for path, array in arrays.items() if array is not None}
+    return plan
+
+
+def _clearest(comparison: Comparison, parting: Parting, counterpart: Counterpart | None) -> int:
+    """The run of the line at which the two values are furthest apart, as far as their samples tell."""
+    if counterpart is None:
+        return 0
+    apart = []
+    for event, instead in zip(parting.events, counterpart.instead, strict=True):
+        ours, theirs = comparison.candidate.values[event.outputs[0].digest], comparison.reference.values[instead]
+        same = ours.shape == theirs.shape
+        apart.append(float(np.nanmax(np.abs(ours.sample - theirs.sample), initial=0.0)) if same else float("inf"))
+    return int(np.argmax(apart))
+
+
+def versions_apart(reference: Mapping[str, str], candidate: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """(package, training's version, the candidate's) of the packages that both use in different versions."""
+    return [(name, reference[name], candidate[name]) for name in reference if candidate.get(name, reference[name]) != reference[name]]
+
+
+def most_moved(causes: Sequence[Cause]) -> Cause | None:
+    """The cause whose correction moves the result furthest."""
+    moved = [(distance_of(c.after, c.before).largest or 0.0, n) for n, c in enumerate(causes) if c.after is not None]
+    return causes[max(moved)[1]] if moved else None

@@ -1,0 +1,330 @@
+"""Which values two traced programs have in common, and the first lines at which one of them computes something else."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from skewless.programs.trace import Event, Item, Site, Trace, Value
+from skewless.programs.values import canonical
+
+# Of a number of float32's rounding steps in a row; half precision is at 5e-4, a standard deviation over n for n - 1 at 1 / 2n.
+RTOL = 1e-5
+# How many runs of one line are looked at to find the line of the other program that does the same.
+_LOOKED_AT = 8
+
+
+class Graph:
+    """A trace's events as a graph: which event made a value first, and which ones used it."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self._made: dict[str, Event] = {}
+        self.used: dict[str, list[Event]] = defaultdict(list)
+        for event in trace.events:
+            inputs = {item.digest for item in event.inputs}
+            for item in event.outputs:
+                # An event that hands a value on, such as `.float()` of a float, has not made it.
+                if item.digest not in inputs:
+                    self._made.setdefault(item.digest, event)
+            for digest in inputs:
+                self.used[digest].append(event)
+
+    def maker(self, digest: str) -> Event | None:
+        return self._made.get(digest)
+
+    def leading_to(self, items: Sequence[Item]) -> list[Event]:
+        """The events that the items depend on, in order."""
+        found: dict[int, Event] = {}
+        waiting = [item.digest for item in items]
+        seen = set(waiting)
+        while waiting:
+            event = self.maker(waiting.pop())
+            if event is not None and event.number not in found:
+                found[event.number] = event
+                new = {item.digest for item in event.inputs} - seen
+                seen |= new
+                waiting += new
+        return [found[number] for number in sorted(found)]
+
+
+class Values:
+    """Looks a value up among those of a trace: equal, or within `rtol` of its largest number, or with its axes in another order."""
+
+    def __init__(self, trace: Trace, rtol: float):
+        self._trace, self._rtol = trace, rtol
+        self._of_size: dict[int, list[Value]] = defaultdict(list)
+        for value in trace.values.values():
+            self._of_size[value.size].append(value)
+        self._known: dict[str, str | None] = {}
+
+    def find(self, value: Value, array: np.ndarray | None) -> str | None:
+        """The digest of the trace's value that has the same numbers, None where it has none."""
+        if value.digest not in self._known:
+            self._known[value.digest] = self._find(value, array)
+        return self._known[value.digest]
+
+    def _find(self, value: Value, array: np.ndarray | None) -> str | None:
+        if value.digest in self._trace.values:
+            return value.digest
+        near: list[tuple[float, str]] = []
+        for other in self._of_size[value.size]:
+            theirs = self._trace.arrays.get(other.digest)
+            if value.shape == other.shape:
+                if (distance := self._distance(value, array, other, theirs)) is not None:
+                    near.append((distance, other.digest))
+            elif sorted(value.shape) == sorted(other.shape) and self._transposed(value, array, other, theirs):
+                near.append((0.0, other.digest))
+        return min(near)[1] if near else None
+
+    def _distance(
+        self, value: Value, array: np.ndarray | None, other: Value, theirs: np.ndarray | None
+    ) -> float | None:
+        """The largest difference where the two agree, else None."""
+        limit = self._rtol * max(other.largest, 1e-30)
+        if value.finite != other.finite or abs(value.high - other.high) > limit or abs(value.low - other.low) > limit:
+            return None
+        with np.errstate(invalid="ignore"):
+            distance = np.abs(value.sample - other.sample)
+        if np.nanmax(distance, initial=0.0) > limit:
+            return None
+        if array is None or theirs is None:
+            return float(np.nanmax(distance, initial=0.0))
+        return largest_difference(theirs, array, limit)
+
+    def _transposed(self, value: Value, array: np.ndarray | None, other: Value, theirs: np.ndarray | None) -> bool:
+        limit = self._rtol * max(other.largest, 1e-30)
+        if array is None or theirs is None or len(value.shape) > 5 or abs(value.high - other.high) > limit:
+            return False
+        ours, theirs = canonical(array), canonical(theirs)
+        return any(
+            ours.transpose(axes).shape == theirs.shape and largest_difference(theirs, ours.transpose(axes), limit) is not None
+            for axes in itertools.permutations(range(ours.ndim))
+        )
+
+
+def largest_difference(reference: np.ndarray, candidate: np.ndarray, limit: float) -> float | None:
+    """The largest absolute difference of two arrays of one shape, None where it is above the limit. NaN equals NaN."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.abs(canonical(reference).astype(np.float64) - canonical(candidate).astype(np.float64))
+    bad = np.isnan(distance)
+    if bad.any() and not np.array_equal(np.isnan(canonical(reference)), np.isnan(canonical(candidate))):
+        return None
+    largest = float(np.nanmax(distance, initial=0.0))
+    return largest if largest <= limit else None
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """What training does where the candidate first computes something that training never has.
+
+    kind: "other": an event of training computes it otherwise; "missing": and training has done more before that, at `missing`;
+    "extra": training does nothing there, and hands the candidate's input on. events: training's, one for each of the candidate's
+    events, empty for "extra". instead: digests of training's values, one for each.
+    """
+
+    kind: Literal["other", "missing", "extra"]
+    site: Site | None
+    events: tuple[Event, ...]
+    instead: tuple[str, ...]
+    missing: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first line of the candidate whose inputs training had, and whose result it never has.
+
+    events: the runs of that line. counterparts: what training may do there, the most likely first. common: the last values that both
+    have, as training's digests. unknown: whether an input was changed in a way that was not seen.
+    """
+
+    site: Site
+    events: tuple[Event, ...]
+    counterparts: tuple[Counterpart, ...]
+    common: tuple[str, ...]
+    unknown: bool = False
+
+
+class Comparison:
+    """Two traces side by side. rtol: values closer than this share of the largest number are the same."""
+
+    def __init__(self, reference: Trace, candidate: Trace, rtol: float = RTOL):
+        self.reference, self.candidate, self.rtol = reference, candidate, rtol
+        self._theirs, self._ours = Values(reference, rtol), Values(candidate, rtol)
+        self.graph, self.reference_graph = Graph(candidate), Graph(reference)
+
+    def had(self, digest: str) -> str | None:
+        """The reference's digest of a value of the candidate, None where the reference never has it."""
+        return self._theirs.find(self.candidate.values[digest], self.candidate.arrays.get(digest))
+
+    def has(self, digest: str) -> str | None:
+        """The candidate's digest of a value of the reference."""
+        return self._ours.find(self.reference.values[digest], self.reference.arrays.get(digest))
+
+    def outputs_same(self) -> bool:
+        ours, theirs = self.candidate.outputs, self.reference.outputs
+        if len(ours) != len(theirs):
+            return False
+        return all(self._same(a.digest, b.digest) for a, b in zip(theirs, ours, strict=True))
+
+    def _same(self, reference: str, candidate: str) -> bool:
+        if reference == candidate:
+            return True
+        a, b = self.reference.values[reference], self.candidate.values[candidate]
+        if a.shape != b.shape:
+            return self.had(candidate) == reference
+        limit = self.rtol * max(a.largest, 1e-30)
+        known = self.reference.arrays.get(reference), self.candidate.arrays.get(candidate)
+        if known[0] is None or known[1] is None:
+            return bool(np.max(np.abs(a.sample - b.sample), initial=0.0) <= limit)
+        return largest_difference(known[0], known[1], limit) is not None
+
+    def partings(self, but: set[Site] = frozenset()) -> list[Parting]:  # type: ignore[assignment]
+        """The lines at which the candidate parts from the reference, in order; without the sites `but`.
+
+        Found backwards from the outputs: a value that the reference has is right, however it came about; one that it has not
+        is followed to the event that made it, and from there to those of its inputs that the reference has not either.
+        """
+        waiting = [
+            b.digest
+            for n, b in enumerate(self.candidate.outputs)
+            if n >= len(self.reference.outputs) or not self._same(self.reference.outputs[n].digest, b.digest)
+        ]
+        outputs = set(waiting)
+        seen: set[str] = set()
+        first: dict[Site, dict[int, Event]] = defaultdict(dict)
+        unknown: set[Site] = set()
+        while waiting:
+            digest = waiting.pop()
+            if digest in seen or (digest not in outputs and self.had(digest) is not None):
+                continue
+            seen.add(digest)
+            event = self.graph.maker(digest)
+            if event is None:
+                continue
+            new = [i.digest for i in event.inputs if self.had(i.digest) is None]
+            known = [d for d in new if self.graph.maker(d) is not None and self.graph.maker(d) is not event]
+            if known and event.site not in but:
+                waiting += known
+            elif known:
+                waiting += known
+            else:
+                if event.site in but:
+                    continue
+                first[event.site][event.number] = event
+                if new:
+                    unknown.add(event.site)
+        found = [
+            self._parting(site, tuple(events[n] for n in sorted(events)), site in unknown)
+            for site, events in first.items()
+        ]
+        return sorted(found, key=lambda parting: parting.events[0].number)
+
+    def _parting(self, site: Site, events: tuple[Event, ...], unknown: bool) -> Parting:
+        common = [had for e in events for i in e.inputs if (had := self.had(i.digest)) is not None]
+        return Parting(site, events, tuple(self._counterparts(events)), tuple(dict.fromkeys(common)), unknown)
+
+    # --- what the reference does there
+
+    def _counterparts(self, events: tuple[Event, ...]) -> list[Counterpart]:
+        relevant = self.reference_graph.leading_to(self.reference.outputs)
+        at: dict[Site, list[Event]] = defaultdict(list)
+        for event in relevant:
+            at[event.site].append(event)
+        scores: list[tuple[float, Counterpart]] = []
+        looked_at = events[:_LOOKED_AT]
+        for site, others in at.items():
+            best = [max((self._likeness(e, o), -n) for n, o in enumerate(others[: 4 * _LOOKED_AT])) for e in looked_at]
+            score = sum(b[0] for b in best) / len(best)
+            if score >= 5 and (counterpart := self._paired(site, events, others)) is not None:
+                scores.append((score, counterpart))
+        if (extra := self._extra(events)) is not None:
+            scores.append(extra)
+        return [counterpart for _, counterpart in sorted(scores, key=lambda s: -s[0])[:4]]
+
+    def _likeness(self, event: Event, other: Event) -> float:
+        """How likely it is that an event of the reference is what the candidate's event should have been."""
+        score = 0.0
+        ours = {had for i in event.inputs if (had := self.had(i.digest)) is not None}
+        theirs = {i.digest for i in other.inputs}
+        if ours & theirs:
+            score += 3 * len(ours & theirs) / len(ours | theirs) + 1
+        elif not ours and not theirs:
+            score += 2
+        if event.operation == other.operation:
+            score += 3
+        best = 0.0
+        for a, b in zip(event.outputs, other.outputs, strict=False):
+            best = max(best, self._value_likeness(self.candidate.values[a.digest], self.reference.values[b.digest]))
+        score += best
+        if all(self.has(o.digest) is not None for o in other.outputs):
+            score -= 3
+        return score
+
+    @staticmethod
+    def _value_likeness(ours: Value, theirs: Value) -> float:
+        if ours.shape != theirs.shape:
+            same_rank = len(ours.shape) == len(theirs.shape)
+            return 1.0 if same_rank and sum(a != b for a, b in zip(ours.shape, theirs.shape, strict=True)) == 1 else -2.0
+        if ours.size == 1:
+            near = abs(ours.sample[0] - theirs.sample[0]) / max(abs(ours.sample[0]), abs(theirs.sample[0]), 1e-30)
+            return float(1 + 3 * max(0.0, 1 - near))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            spread = float(np.std(ours.sample) * np.std(theirs.sample))
+            related = float(np.mean((ours.sample - ours.mean) * (theirs.sample - theirs.mean))) / spread if spread > 0 else 0.0
+        return 2 + 3 * (min(1.0, abs(related)) if np.isfinite(related) else 0.0)
+
+    def _paired(self, site: Site, events: tuple[Event, ...], others: list[Event]) -> Counterpart | None:
+        left, chosen = list(others), []
+        for n, event in enumerate(events):
+            if not left:
+                return None
+            window = sorted(left, key=lambda o: abs(o.occurrence - n))[: 2 * _LOOKED_AT]
+            best = max(window, key=lambda o: (self._likeness(event, o), -abs(o.occurrence - event.occurrence)))
+            left.remove(best)
+            chosen.append(best)
+        instead = tuple(o.outputs[0].digest for o in chosen)
+        missing = self._missing(chosen[0])
+        return Counterpart("missing" if missing else "other", site, tuple(chosen), instead, missing)
+
+    def _missing(self, event: Event) -> tuple[Event, ...]:
+        """What the reference has done before the event that the candidate never has."""
+        found: dict[Site, Event] = {}
+        waiting = [i.digest for i in event.inputs]
+        seen: set[str] = set()
+        while waiting:
+            digest = waiting.pop()
+            if digest in seen or self.has(digest) is not None:
+                continue
+            seen.add(digest)
+            if (maker := self.reference_graph.maker(digest)) is not None and maker is not event:
+                found.setdefault(maker.site, maker)
+                waiting += [i.digest for i in maker.inputs]
+        return tuple(sorted(found.values(), key=lambda e: e.number))
+
+    def _extra(self, events: tuple[Event, ...]) -> tuple[float, Counterpart] | None:
+        """Whether the reference goes on with the event's input where the candidate goes on with its output."""
+        instead, scores = [], []
+        for event in events:
+            best: tuple[float, str] | None = None
+            for item in event.inputs:
+                had = self.had(item.digest)
+                if had is None:
+                    continue
+                nexts = {e.operation for e in self.graph.used[event.outputs[0].digest]} - {event.operation}
+                theirs = [o for o in self.reference_graph.used[had] if o.operation in nexts]
+                if theirs and all(self.has(o.digest) is None for e in theirs for o in e.outputs):
+                    score = 6.0 + self._value_likeness(
+                        self.candidate.values[event.outputs[0].digest], self.reference.values[had]
+                    ) / 2
+                    best = max(best or (score, had), (score, had))
+            if best is None:
+                return None
+            scores.append(best[0])
+            instead.append(best[1])
+        return sum(scores) / len(scores), Counterpart("extra", None, (), tuple(instead))

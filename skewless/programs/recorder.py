@@ -1,0 +1,505 @@
+"""Notes what a rewritten program computes: the hooks that skewless.programs.rewrite puts into it."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from skewless.programs.trace import Call, Event, Item, Site, Swallowed, Trace, Value
+from skewless.programs.values import Found, array_of, find, measure, number_of, replaced, state
+
+# A line that runs more often than this is a loop over single numbers; what it does later is counted, not recorded.
+MOST_RUNS = 2000
+MIB = 1 << 20
+
+Place = tuple[Site, int]
+Substitutes = Mapping[Place, Mapping[str, np.ndarray]]
+
+_OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "Add": ("+", operator.add),
+    "Sub": ("-", operator.sub),
+    "Mult": ("*", operator.mul),
+    "Div": ("/", operator.truediv),
+    "FloorDiv": ("//", operator.floordiv),
+    "Mod": ("%", operator.mod),
+    "Pow": ("**", operator.pow),
+    "MatMult": ("@", operator.matmul),
+    "LShift": ("<<", operator.lshift),
+    "RShift": (">>", operator.rshift),
+    "BitOr": ("|", operator.or_),
+    "BitXor": ("^", operator.xor),
+    "BitAnd": ("&", operator.and_),
+    "Lt": ("<", operator.lt),
+    "LtE": ("<=", operator.le),
+    "Gt": (">", operator.gt),
+    "GtE": (">=", operator.ge),
+    "Eq": ("==", operator.eq),
+    "NotEq": ("!=", operator.ne),
+    "USub": ("-x", operator.neg),
+    "UAdd": ("+x", operator.pos),
+    "Invert": ("~x", operator.invert),
+}
+_IN_PLACE: dict[str, Callable[..., Any]] = {
+    "Add": operator.iadd,
+    "Sub": operator.isub,
+    "Mult": operator.imul,
+    "Div": operator.itruediv,
+    "FloorDiv": operator.ifloordiv,
+    "Mod": operator.imod,
+    "Pow": operator.ipow,
+    "MatMult": operator.imatmul,
+    "LShift": operator.ilshift,
+    "RShift": operator.irshift,
+    "BitOr": operator.ior,
+    "BitXor": operator.ixor,
+    "BitAnd": operator.iand,
+}
+# They hand on what is in their arguments, one by one.
+_HANDING_ON = {zip, enumerate, reversed, list, tuple, iter, map, filter, sorted}
+# A container's own methods compute nothing.
+_CONTAINERS = (list, dict, set, frozenset, str, bytes)
+
+
+@dataclass
+class _Pending:
+    """A call between the evaluation of its function and its result."""
+
+    function: Any
+    args: list[Any] = field(default_factory=list)
+    keywords: dict[str, Any] = field(default_factory=dict)
+    items: list[Item] = field(default_factory=list)
+
+
+class Recorder:
+    """The hooks of one run.
+
+    sites: what the numbers in the hooks mean. own: whether a module, by its name, is the user's. substitutes: what to put in place of a
+    result, by site, how often it ran before, and path in the result. keep: digests of the arrays to keep whole; None keeps all, up to
+    `memory` bytes.
+    """
+
+    def __init__(
+        self,
+        sites: list[Site],
+        own: Callable[[str], bool],
+        substitutes: Substitutes | None = None,
+        memory: int = 256 * MIB,
+    ):
+        self._sites, self._own, self._substitutes, self._memory = sites, own, substitutes or {}, memory
+        self._pending: dict[tuple[int, int], _Pending] = {}
+        self._stores: dict[tuple[int, int], tuple[Any, list[Item]]] = {}
+        # Containers that were written to since they were last looked at: looked at again only when they are used.
+        self._written: dict[int, tuple[Any, int, list[Item]]] = {}
+        # Objects of libraries that hold arrays, such as a fitted scaler: what they held when they were made or fitted.
+        self._states: dict[int, tuple[Any, list[Item]]] = {}
+        self._runs: Counter[int] = Counter()
+        self._numbers: set[float] = set()
+        self._caught: dict[tuple[int, str, str], int] = {}
+        self._last_caught: dict[int, list[tuple[int, str, str]]] = {}
+        self._notes: dict[str, None] = {}
+        self.events: list[Event] = []
+        self.values: dict[str, Value] = {}
+        self.arrays: dict[str, np.ndarray] = {}
+        self.settings: dict[str, str] = {}
+        self.substituted: set[Place] = set()
+        self._quiet = False
+
+    def trace(self, program: str, file: str, outputs: Any, seconds: float, sources: Mapping[str, str]) -> Trace:
+        """What was noted; `outputs` is what the function returned."""
+        returned = self._items(outputs)
+        swallowed = tuple(
+            Swallowed(self._sites[site], kind, message, count)
+            for (site, kind, message), count in self._caught.items()
+            if count > 0
+        )
+        over = [f"{self._sites[s]} ran {n:,} times; the first {MOST_RUNS:,} are recorded" for s, n in self._runs.items() if n > MOST_RUNS]
+        versions = {e.call.package: e.call.version for e in self.events if e.call and e.call.version}
+        return Trace(
+            program,
+            file,
+            tuple(self.events),
+            self.values,
+            tuple(returned),
+            self.arrays,
+            swallowed,
+            self.settings,
+            {"python": ".".join(map(str, sys.version_info[:3])), **dict(sorted(versions.items()))},
+            seconds,
+            (*self._notes, *over),
+            sources,
+        )
+
+    # --- hooks of calls
+
+    def function(self, site: int, function: Any) -> Any:
+        self._pending[id(sys._getframe(1)), site] = _Pending(function)
+        return function
+
+    def argument(self, site: int, value: Any, name: str | None = None) -> Any:
+        pending = self._pending.get((id(sys._getframe(1)), site))
+        if pending is not None:
+            if name is None:
+                pending.args.append(value)
+            else:
+                pending.keywords[name] = value
+            pending.items += self._items(value)
+        return value
+
+    def starred(self, site: int, values: Iterable[Any]) -> tuple[Any, ...]:
+        values = tuple(values)
+        pending = self._pending.get((id(sys._getframe(1)), site))
+        if pending is not None:
+            pending.args += values
+            for value in values:
+                pending.items += self._items(value)
+        return values
+
+    def mapping(self, site: int, values: Any) -> Any:
+        pending = self._pending.get((id(sys._getframe(1)), site))
+        if pending is not None and isinstance(values, Mapping):
+            pending.keywords.update(values)
+            pending.items += self._items(dict(values))
+        return values
+
+    def result(self, site: int, value: Any) -> Any:
+        pending = self._pending.pop((id(sys._getframe(1)), site), None)
+        if pending is None:
+            return value
+        function = pending.function
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, _CONTAINERS) or self._is_own(function):
+            if isinstance(owner, list | dict):
+                self._items(value)
+            return value
+        inputs = pending.items
+        if owner is not None and not isinstance(owner, type) and not inspect.ismodule(owner):
+            inputs = [*self._items(owner), *self._state(owner), *inputs]
+        elif not isinstance(function, type):
+            inputs = [*self._state(function), *inputs]
+        call = self._call(pending)
+        outputs = self._found(value, derived=bool(inputs))
+        if not outputs and value is not None and not isinstance(value, bool | int | str | type) and not inspect.isroutine(value):
+            held = list(state(value)) if self._is_library_object(value) else []
+            if held:
+                outputs = held
+        name = call.function if call else _name(function)
+        if function in _HANDING_ON if _hashable(function) else False:
+            self._hand_on(site, pending.args)
+        if not outputs and value is None or (owner is not None and value is owner and not outputs):
+            self._changed(site, name, pending, owner, inputs, call)
+            return value
+        value = self._event(site, name, inputs, outputs, value, call)
+        if outputs and self._is_library_object(value) and not array_of(value):
+            self._states[id(value)] = (value, [self._item(f) for f in state(value)])
+        return value
+
+    def _changed(
+        self, site: int, name: str, pending: _Pending, owner: Any, inputs: list[Item], call: Call | None
+    ) -> None:
+        """A call that gave nothing may have changed what it was given, such as `shuffle(x)` or `scaler.fit(x)`."""
+        known = {item.digest for item in inputs}
+        things = [owner, *pending.args, *pending.keywords.values()]
+        for thing in things:
+            if array_of(thing) is not None:
+                outputs = [found for found in self._found(thing) if measure(found.array).digest not in known]
+                if outputs:
+                    self._event(site, name, inputs, outputs, thing, call, in_place=True)
+        if owner is not None and self._is_library_object(owner):
+            held = list(state(owner))
+            if held and [measure(f.array).digest for f in held] != [i.digest for i in self._states.get(id(owner), (None, []))[1]]:
+                self._event(site, name, pending.items, held, owner, call, in_place=True)
+                self._states[id(owner)] = (owner, [self._item(f) for f in state(owner)])
+
+    def _hand_on(self, site: int, args: list[Any]) -> None:
+        for arg in args:
+            if array_of(arg) is not None and not isinstance(arg, list | tuple):
+                self.elements(site, arg)
+
+    # --- hooks of operators and statements
+
+    def binary(self, site: int, name: str, left: Any, right: Any) -> Any:
+        symbol, operation = _OPERATORS[name]
+        inputs = [*self._items(left), *self._items(right)]
+        return self._done(site, symbol, inputs, operation(left, right))
+
+    def unary(self, site: int, name: str, operand: Any) -> Any:
+        symbol, operation = _OPERATORS[name]
+        inputs = self._items(operand)
+        return self._done(site, symbol, inputs, operation(operand))
+
+    def inplace(self, site: int, name: str, left: Any, right: Any) -> Any:
+        inputs = [*self._items(left), *self._items(right)]
+        return self._done(site, f"{_OPERATORS[name][0]}=", inputs, _IN_PLACE[name](left, right))
+
+    def item(self, site: int, container: Any, index: Any) -> Any:
+        if isinstance(container, list | tuple | dict | type) or not (inputs := self._items(container)):
+            return operator.getitem(container, index)
+        inputs = [*inputs, *self._items(index)]
+        return self._done(site, "[]", inputs, operator.getitem(container, index))
+
+    @staticmethod
+    def slice(lower: Any, upper: Any, step: Any) -> Any:
+        return slice(lower, upper, step)
+
+    def attribute(self, site: int, thing: Any, name: str) -> Any:
+        value = getattr(thing, name)
+        if array_of(value) is None:
+            return value
+        inputs = [*self._items(thing), *self._state(thing)]
+        return self._done(site, f".{name}", inputs, value) if inputs else value
+
+    def value(self, site: int, value: Any) -> Any:
+        return self._done(site, "await", [], value)
+
+    def elements(self, site: int, value: Any) -> Any:
+        """An array's rows are values of their own when somebody loops over it."""
+        known = array_of(value)
+        if known is not None and known[1].ndim > 1 and known[0] in ("numpy", "torch"):
+            found = [Found(f"[{at}]", known[0], value[at], row) for at, row in enumerate(known[1][:MOST_RUNS])]
+            self._event(site, "for", self._items(value), found, value, None, in_place=True)
+        return value
+
+    def assigned(self, site: int, value: Any, name: str) -> Any:
+        if isinstance(value, bool | int | float | str) and len(text := repr(value)) < 80:
+            self.settings[f"{self._sites[site]} {name}"] = text
+        return value
+
+    def unpacked(self, site: int, value: Any, *names: str) -> Any:
+        if isinstance(value, list | tuple) and len(value) == len(names):
+            for name, part in zip(names, value, strict=True):
+                self.assigned(site, part, name)
+        return value
+
+    def returned(self, site: int, value: Any) -> Any:
+        return value
+
+    def storing(self, site: int, value: Any, container: Any) -> Any:
+        """Before `container[...] = value`."""
+        key = id(container)
+        if array_of(container) is not None or key in self._written:
+            if key not in self._written:
+                self._written[key] = (container, site, self._items(container))
+            _, _, inputs = self._written[key]
+            if len(inputs) < MOST_RUNS:
+                inputs += self._items(value)
+            self._written[key] = (container, site, inputs)
+        return value
+
+    def stored(self, site: int, container: Any) -> None:
+        """After it. The container is looked at when it is used: a loop may write to it a million times."""
+
+    def caught(self, site: int) -> None:
+        kind, error, _ = sys.exc_info()
+        key = (site, kind.__name__ if kind else "", " ".join(str(error).split())[:200])
+        self._caught[key] = self._caught.get(key, 0) + 1
+        self._last_caught.setdefault(site, []).append(key)
+
+    def escaped(self, site: int) -> None:
+        if waiting := self._last_caught.get(site):
+            self._caught[waiting.pop()] -= 1
+
+    # --- what is noted
+
+    def _done(self, site: int, name: str, inputs: list[Item], value: Any) -> Any:
+        if not inputs:
+            return value
+        return self._event(site, name, inputs, self._found(value, derived=True), value, None)
+
+    def _event(
+        self,
+        site: int,
+        name: str,
+        inputs: list[Item],
+        outputs: list[Found],
+        value: Any,
+        call: Call | None,
+        in_place: bool = False,
+    ) -> Any:
+        if not outputs:
+            return value
+        occurrence = self._runs[site]
+        self._runs[site] += 1
+        if occurrence >= MOST_RUNS:
+            return value
+        place = (self._sites[site], occurrence)
+        if new := self._substitutes.get(place):
+            self.substituted.add(place)
+            for path, array in new.items():
+                value = _written_into(value, array) if in_place and not path else replaced(value, path, array)
+            outputs = [*self._found(value, derived=True)] or list(state(value))
+        items = tuple(map(self._item, outputs))
+        for found in outputs:
+            if found.array.size == 1:
+                self._numbers.add(float(np.real(found.array.reshape(-1)[0])))
+        self.events.append(Event(len(self.events), place[0], occurrence, name, tuple(inputs), items, call))
+        return value
+
+    def _found(self, value: Any, derived: bool = False) -> list[Found]:
+        self._look_again(value)
+        found = list(find(value, self._note))
+        if not found and derived and (number := number_of(value)) is not None:
+            return [Found("", "number", value, number)]
+        return found
+
+    def _items(self, value: Any) -> list[Item]:
+        if isinstance(value, float | np.number):
+            return [self._item(Found("", "number", value, np.asarray(value)))] if float(value) in self._numbers else []
+        if isinstance(value, slice):
+            return [i for part in (value.start, value.stop, value.step) for i in self._items(part)]
+        if value is None or isinstance(value, bool | int | str | bytes | type):
+            return []
+        self._look_again(value)
+        return [self._item(found) for found in find(value, self._note)]
+
+    def _look_again(self, value: Any) -> None:
+        """Note what a container holds that was written to since it was last used."""
+        parts = value if isinstance(value, list | tuple) and len(value) < MOST_RUNS else (value,)
+        for part in parts:
+            if (waiting := self._written.pop(id(part), None)) is not None:
+                container, site, inputs = waiting
+                if (known := array_of(container)) is not None:
+                    self._event(site, "[]=", inputs, [Found("", known[0], container, known[1])], container, None, True)
+
+    def _item(self, found: Found) -> Item:
+        value = measure(found.array)
+        if value.digest not in self.values:
+            self.values[value.digest] = value
+            if found.array.nbytes <= self._memory:
+                self._memory -= found.array.nbytes
+                self.arrays[value.digest] = np.array(found.array)
+            else:
+                self._note(f"more arrays than fit into memory: some are compared by {len(value.sample)} of their numbers only")
+        dtype = str(getattr(found.holder, "dtype", found.array.dtype)).removeprefix("torch.")
+        shape = tuple(found.array.shape)
+        return Item(value.digest, found.path, found.kind, shape, dtype)
+
+    def _state(self, thing: Any) -> list[Item]:
+        return self._states.get(id(thing), (None, []))[1]
+
+    def _note(self, text: str) -> None:
+        self._notes[text] = None
+
+    # --- functions
+
+    def _is_own(self, function: Any) -> bool:
+        function = getattr(function, "func", function)  # functools.partial
+        function = inspect.unwrap(function) if callable(function) else function
+        module = getattr(function, "__module__", None)
+        if not isinstance(module, str):
+            module = type(function).__module__
+        if isinstance(function, type) or inspect.isroutine(function):
+            return self._own(module)
+        return self._own(type(function).__module__)
+
+    def _is_library_object(self, value: Any) -> bool:
+        module = type(value).__module__
+        return module != "builtins" and not self._own(module) and hasattr(value, "__dict__") and not inspect.ismodule(value)
+
+    def _call(self, pending: _Pending) -> Call | None:
+        function = pending.function
+        name = _name(function)
+        package = name.partition(".")[0]
+        if package == "builtins":
+            return None
+        names, values = _bound(function, pending.args, pending.keywords)
+        return Call(name, {n: _text(v) for n, v in values.items()}, tuple(names), package, _version(package))
+
+
+def _written_into(container: Any, array: np.ndarray) -> Any:
+    known = array_of(container)
+    if known is None or known[1].shape != array.shape and np.squeeze(known[1]).shape != np.squeeze(array).shape:
+        raise ValueError("an array that is changed in place keeps its shape")
+    array = array.reshape(known[1].shape)
+    if known[0] == "torch":
+        import torch
+
+        container.detach().copy_(torch.from_numpy(np.ascontiguousarray(array)))
+    elif known[0] == "numpy":
+        container[...] = array
+    else:
+        raise ValueError(f"a {type(container).__name__} that was changed in place")
+    return container
+
+
+def _hashable(function: Any) -> bool:
+    return isinstance(function, type) or inspect.isroutine(function)
+
+
+def _name(function: Any) -> str:
+    """The name by which a library's users know a function: "torch.stack", "numpy.ndarray.mean"."""
+    function = getattr(function, "func", function)
+    owner = getattr(function, "__self__", None)
+    if isinstance(function, np.ufunc):
+        return f"numpy.{function.__name__}"
+    if inspect.isroutine(function) and owner is not None and not inspect.ismodule(owner):
+        kind = owner if isinstance(owner, type) else type(owner)
+        module = kind.__module__
+        if kind.__name__ == "_VariableFunctionsClass":
+            return f"torch.{function.__name__}"
+        return _public(f"{module}.{kind.__qualname__}.{function.__name__}")
+    if isinstance(function, type) or inspect.isroutine(function):
+        module = getattr(function, "__module__", None) or (owner.__name__ if inspect.ismodule(owner) else "builtins")
+        return _public(f"{module}.{getattr(function, '__qualname__', function.__name__)}")
+    return _public(f"{type(function).__module__}.{type(function).__qualname__}.__call__")
+
+
+def _public(name: str) -> str:
+    """Without the private modules in which a library keeps what it offers: scipy.signal._filter_design.butter is scipy.signal.butter."""
+    return ".".join(part for part in name.split(".") if not part.startswith("_") or part.startswith("__"))
+
+
+def _bound(function: Any, args: list[Any], keywords: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """(names that were given, all arguments by name with defaults); by position where a function does not tell its own."""
+    try:
+        bound = inspect.signature(function).bind(*args, **keywords)
+    except (TypeError, ValueError):
+        given = {**{str(at): value for at, value in enumerate(args)}, **keywords}
+        return list(given), given
+    names = list(bound.arguments)
+    bound.apply_defaults()
+    values: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            values.update(value)
+        elif kind is not inspect.Parameter.VAR_POSITIONAL or value:
+            values[name] = value
+    return names, values
+
+
+def _text(value: Any) -> str:
+    known = array_of(value)
+    if known is not None:
+        dtype = str(getattr(value, "dtype", known[1].dtype)).removeprefix("torch.")
+        return f"<{known[0]} {dtype} {tuple(known[1].shape)}>"
+    if inspect.isroutine(value) or isinstance(value, type):
+        return _name(value)
+    if isinstance(value, bool | int | float | str | bytes | list | tuple | dict | set) or value is None:
+        text = repr(value)
+        return text if len(text) <= 120 else text[:117] + "..."
+    text = str(value)
+    return text if len(text) <= 60 and " at 0x" not in text else f"<{type(value).__qualname__}>"
+
+
+_VERSIONS: dict[str, str] = {}
+
+
+def _version(package: str) -> str:
+    if package not in _VERSIONS:
+        module = sys.modules.get(package)
+        known = getattr(module, "__version__", None)
+        if not isinstance(known, str):
+            try:
+                known = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                known = ""
+        _VERSIONS[package] = known
+    return _VERSIONS[package]
