@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from PIL import Image
+from PIL import ExifTags, Image
 
 
 def recording(path: Path, rate: int = 22050, seconds: float = 3.3, channels: int = 2, seed: int = 0) -> Path:
@@ -36,10 +36,10 @@ def recording(path: Path, rate: int = 22050, seconds: float = 3.3, channels: int
     return path
 
 
-def picture(path: Path, width: int = 301, height: int = 217, seed: int = 0) -> Path:
-    """Write a colour picture of odd size whose EXIF orientation says that it lies on its side, and return its path.
+def picture(path: Path, width: int = 301, height: int = 217, orientation: int = 6, seed: int = 0) -> Path:
+    """Write a colour picture of odd size, and return its path.
 
-    The format is that of the path's suffix: ".jpg" or ".png". Fine noise and edges, colours that differ, no symmetry.
+    orientation: EXIF's; 6 says that the picture has to be turned by 90 degrees, 1 that it is upright. The format is that of the path's suffix: ".jpg" or ".png". Fine noise and edges, colours that differ, no symmetry.
     """
     rng = np.random.default_rng(seed)
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
@@ -47,7 +47,7 @@ def picture(path: Path, width: int = 301, height: int = 217, seed: int = 0) -> P
     pixels[height // 5 : height // 2, width // 7 : width // 3] = (250, 40, 10)
     pixels += rng.normal(0, 12, pixels.shape)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    exif[ExifTags.Base.Orientation] = orientation
     options = {"quality": 95} if path.suffix == ".jpg" else {}
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, exif=exif, **options)
     return path
