@@ -12,11 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from skewless.core.pipeline import Pipeline
 from tests.programs import inputs
 from tests.programs.realistic.skews import REFACTORINGS, SKEWS, TRAIN, Skew, write
 
 PROGRAMS = Path(__file__).parent / "programs"
+ARCHIVE = PROGRAMS.parents[1] / "archive"
+CAFFE = "caffe_preprocess: {mean_bgr: [103.939, 116.779, 123.68]}"
+RGB_MEANS = (
+    "standardize: {input_range: [0.0, 1.0], mean: [123.68, 116.779, 103.939], std: [1, 1, 1], arithmetic: float32}"
+)
 # Of the largest absolute number: above, a difference counts; below, it is rounding.
 ROUNDING = 1e-5
 
@@ -103,6 +110,43 @@ def test_a_refactoring_keeps_the_result(refactoring: Skew, files: dict[str, Path
     module, lines = write(refactoring, tmp_path)
     assert module.read_text() != TRAIN.read_text() and not lines
     assert change(expected, result(module, refactoring.function, files[refactoring.input])) < ROUNDING
+
+
+# What each program of the documents computes, as a pipeline: its file among the archives, and lines of it that differ.
+AS_PIPELINE: dict[str, tuple[str, dict[str, str]]] = {
+    "cough/precompute.py": ("cough/variants/no_highpass.yaml", {}),
+    "cough/backend_pytorch.py": (
+        "cough/variants/pytorch_backend.yaml",
+        {"  - highpass: {cutoff_hz: 50.0, q: 0.707}\n": ""},
+    ),
+    "cough/backend_onnx.py": ("cough/variants/onnx_backend.yaml", {}),
+    "orca/train.py": ("orca/pipeline.yaml", {}),
+    "orca/serve.py": ("orca/variants/filterbank_20k.yaml", {"relative_to: reference": "relative_to: minimum"}),
+    "portrait/train.py": ("portrait/pipeline.yaml", {}),
+    "portrait/serve.py": ("portrait/variants/load_img.yaml", {f"  - {CAFFE}\n": ""}),
+    "portrait/serve_fixed.py": ("portrait/variants/load_img.yaml", {CAFFE: RGB_MEANS}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # pydub's, about the ffmpeg program, and torchaudio's, about empty mel filters
+@pytest.mark.parametrize("program", AS_PIPELINE)
+def test_a_documents_program_computes_what_our_pipeline_of_it_does(program: str, tmp_path: Path) -> None:
+    if program.startswith("portrait"):
+        # Upright: our pipeline of training turns pictures, which Keras leaves as they are stored.
+        file = inputs.picture(tmp_path / "picture.png", orientation=1)
+    else:
+        file = inputs.recording(tmp_path / "recording.wav", seed=2)
+    name, edits = AS_PIPELINE[program]
+    text = (ARCHIVE / name).read_text()
+    for old, new in edits.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    pipeline = Pipeline.from_dict(yaml.safe_load(text), folder=ARCHIVE / name.split("/")[0])
+    with imported(PROGRAMS / program) as module:
+        (annotation,) = list(module.network_input.__annotations__.values())[:1]
+        found = np.asarray(module.network_input(file.read_bytes() if annotation is bytes else annotation(file)))
+    expected = pipeline(file.read_bytes()).numpy()
+    assert change(expected, found.reshape(expected.shape)) < 1e-6
 
 
 def test_names_are_given_once() -> None:
