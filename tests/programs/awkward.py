@@ -683,7 +683,8 @@ def classes():
     touchy = _Touchy()
     box = [touchy, (touchy, {"a": touchy})]
     again = (lambda x, *rest, **named: x)(touchy, touchy, key=touchy)
-    same = again is touchy and box[1][1]["a"] is touchy
+    listed = list((touchy, 1.0, touchy)), dict(key=touchy)
+    same = again is touchy and listed[0][2] is touchy and box[1][1]["a"] is touchy
     x = touchy.shape
     made = _Made()
     return (
@@ -1124,6 +1125,7 @@ def in_place():
     records[0]["a"] = 3
     loop = [1.0, 2.0]
     loop.append(loop)
+    loops = list(loop)
     rows = [np.zeros(2)] * 2
     rows[0][0] = 1
     generator = np.random.default_rng(3)
@@ -1134,7 +1136,7 @@ def in_place():
     return (
         (before, x, y, view, z, w, shared, grown, padded, over, wrapped, kept),
         (normal, module.running_mean, int(module.num_batches_tracked)),
-        (records["a"], records["b"], loop[2] is loop, rows, draws, torch_draws, legacy),
+        (records["a"], records["b"], loops[2] is loop, rows, draws, torch_draws, legacy),
     )
 
 

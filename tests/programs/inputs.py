@@ -13,6 +13,9 @@ def recording(path: Path, rate: int = 22050, seconds: float = 3.3, channels: int
     Bursts of noise and tones over the whole band, the loudest near full scale in all channels at once (sums of them overflow
     16 bits), quiet ones, pauses of one or two quantisation steps (more than 80 dB below), rumble at 25 Hz, a DC offset, and channels
     that differ. The first and the last tenth are pauses.
+
+    With the defaults every skew of recordings in realistic/skews.py changes the result. One channel does not excite `first_channel`
+    (and `int16_overflow` fails), 16,000 Hz not `other_resampler`, ten seconds or more, which fill all segments, not `padded_tail`.
     """
     rng = np.random.default_rng(seed)
     count = round(rate * seconds)
