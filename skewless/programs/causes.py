@@ -48,7 +48,7 @@ class Outcome:
 class Cause:
     """A line of the candidate that computes something training never has.
 
-    parting: where. counterpart: what training does there, None where nothing of training's is like it.
+    parting: where. put_at: the line behind it at which training's value was put in place, None where it was this line itself. counterpart: what training does there, None where nothing of training's is like it.
     reference, candidate: the two values in question, None where they were too large to keep.
     pair: the candidate's event and training's. common: (the candidate's line, training's line) that last gave the same value.
     before, after: what the candidate returns with all causes before it put right, and with this one as well; None for after where
@@ -57,6 +57,7 @@ class Cause:
     """
 
     parting: Parting
+    put_at: Site | None
     counterpart: Counterpart | None
     reference: np.ndarray | None = field(repr=False)
     candidate: np.ndarray | None = field(repr=False)
@@ -100,40 +101,70 @@ class Search:
         first = before = self._outcome(candidate)
         plan: Plan = {}
         causes: list[Cause] = []
-        left: set[Site] = set()
+        left: set[tuple[str, int]] = set()
         stopped = ""
         while not comparison.outputs_same():
             if len(causes) == MOST_CAUSES:
                 stopped = f"there are more than {MOST_CAUSES} such lines"
                 break
-            partings = [p for p in comparison.partings(left) if p.site not in left]
+            partings = comparison.partings(left)
             if not partings:
                 stopped = stopped or "no line was found whose inputs training had and whose result it never has"
                 break
-            parting = partings[0]
-            fixed, reason = self._fix(parting, comparison, plan, run)
-            if fixed is None:
-                left.add(parting.site)
-                cause = self._cause(comparison, parting, None, before, None, run, reason)
-                causes.append(cause)
-                stopped = reason
+            found = self._put_right(partings[0], left, comparison, plan, run)
+            if isinstance(found, str):
+                left.add(partings[0].site.whole)
+                stopped = found
+                causes.append(self._cause(comparison, partings[0], partings[0], None, before, None, run, stopped))
                 continue
-            counterpart, new, after = fixed
+            parting, put_at, counterpart, new, after = found
             outcome = self._outcome(after)
-            if len(after.outputs) and _unmoved(before, outcome):
+            if _unmoved(before, outcome):
                 # The line differs, and nothing that is returned depends on how.
-                left.add(parting.site)
+                left.add(parting.site.whole)
             else:
-                causes.append(self._cause(comparison, parting, counterpart, before, outcome, run, ""))
+                causes.append(self._cause(comparison, parting, put_at, counterpart, before, outcome, run, ""))
             plan, before = new, outcome
             comparison = Comparison(reference, after, self._rtol)
         return Compared(
             name, reference, candidate, target, first, tuple(causes), first_same, comparison.outputs_same(), stopped
         )
 
+    def _put_right(
+        self,
+        parting: Parting,
+        left: set[tuple[str, int]],
+        comparison: Comparison,
+        plan: Plan,
+        run: Callable[[Side, Plan], Trace],
+    ) -> tuple[Parting, Parting, Counterpart, Plan, Trace] | str:
+        """(the line to name, the line at which training's value is put, what training does there, all put in place, the run with it).
+
+        Usually both lines are the parting's. A line that gathers parts, such as a stack of segments, may gather another number of
+        them: then the line is looked for that decided how many. And a line may have nothing like it in training, such as one that
+        makes a segment too many: then training's value is put in place behind it. Otherwise the reason why there is none.
+        """
+        if _other_number(parting, comparison):
+            for earlier in comparison.upstream(parting, left):
+                fixed = self._fix(earlier, comparison, plan, run)
+                if not isinstance(fixed, str) and not self._still(parting, comparison, fixed[2]):
+                    return earlier, earlier, *fixed
+        fixed = reason = self._fix(parting, comparison, plan, run)
+        if not isinstance(fixed, str):
+            return parting, parting, *fixed
+        for later in comparison.downstream(parting):
+            fixed = self._fix(later, comparison, plan, run)
+            if not isinstance(fixed, str):
+                return parting, later, *fixed
+        return reason if isinstance(reason, str) else ""
+
+    def _still(self, parting: Parting, comparison: Comparison, after: Trace) -> bool:
+        following = Comparison(comparison.reference, after, self._rtol)
+        return any(p.site.whole == parting.site.whole for p in following.partings())
+
     def _fix(
         self, parting: Parting, comparison: Comparison, plan: Plan, run: Callable[[Side, Plan], Trace]
-    ) -> tuple[tuple[Counterpart, Plan, Trace] | None, str]:
+    ) -> tuple[Counterpart, Plan, Trace] | str:
         """Put training's value in place of the line's, trying what training may do there from the most likely on."""
         reason = "training computes nothing like it"
         best: tuple[float, Counterpart, Plan, Trace] | None = None
@@ -149,35 +180,38 @@ class Search:
                 continue
             following = Comparison(comparison.reference, after, self._rtol)
             if following.outputs_same():
-                return (counterpart, {**plan, **new}, after), ""
-            if any(p.site == parting.site and p.events == parting.events for p in following.partings()):
+                return counterpart, {**plan, **new}, after
+            if any(p.site.whole == parting.site.whole for p in following.partings()):
                 reason = "training's value in its place changes nothing"
                 continue
             distance = distance_of(self._outcome(comparison.reference, scored=False), self._outcome(after, scored=False))
             far = float("inf") if distance.relative is None else distance.relative
             if best is None or far < best[0] * 0.5:
                 best = (far, counterpart, {**plan, **new}, after)
-        return (best[1:], "") if best else (None, reason)
+        return best[1:] if best else reason
 
     def _cause(
         self,
         comparison: Comparison,
         parting: Parting,
+        put_at: Parting,
         counterpart: Counterpart | None,
         before: Outcome,
         after: Outcome | None,
         run: Callable[[Side, Plan], Trace],
         stopped: str,
     ) -> Cause:
-        shown = counterpart or (parting.counterparts[0] if parting.counterparts else None)
-        at = _clearest(comparison, parting, shown)
-        event = parting.events[at]
+        shown = counterpart or (put_at.counterparts[0] if put_at.counterparts else None)
+        at = _clearest(comparison, put_at, shown)
+        event = put_at.events[at]
         other = shown.events[at] if shown and shown.events else None
         theirs = shown.instead[at] if shown else None
-        common = next((i.digest for i in event.inputs if comparison.had(i.digest)), None)
+        inputs = comparison.graph.line_inputs(parting.events[0] if put_at is not parting else event)
+        common = next((d for d in inputs if comparison.had(d)), None)
         had = comparison.had(common) if common else None
         return Cause(
             parting,
+            None if put_at is parting else put_at.site,
             shown,
             comparison.reference.arrays.get(theirs) if theirs else None,
             comparison.candidate.arrays.get(event.outputs[0].digest),
@@ -188,7 +222,7 @@ class Search:
             ),
             before,
             after,
-            self._alone(comparison, parting, counterpart, run) if counterpart else None,
+            self._alone(comparison, put_at, counterpart, run) if counterpart else None,
             stopped,
         )
 
@@ -241,6 +275,16 @@ def distance_of(reference: Outcome, candidate: Outcome) -> Distance:
     largest = float(np.nanmax(apart, initial=0.0))
     scale = float(np.nanmax(np.abs(a), initial=0.0))
     return Distance(largest, largest / scale if scale else None, rows)
+
+
+def _other_number(parting: Parting, comparison: Comparison) -> bool:
+    """Whether a line gathers more or fewer parts than training's line does."""
+    for counterpart in parting.counterparts[:1]:
+        for event, instead in zip(parting.events, counterpart.instead, strict=True):
+            ours, theirs = comparison.candidate.values[event.outputs[0].digest].shape, comparison.reference.values[instead].shape
+            if ours != theirs and ours[1:] == theirs[1:]:
+                return True
+    return False
 
 
 def _unmoved(before: Outcome, after: Outcome) -> bool:

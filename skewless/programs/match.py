@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +52,48 @@ class Graph:
                 seen |= new
                 waiting += new
         return [found[number] for number in sorted(found)]
+
+
+    def line_inputs(self, event: Event) -> dict[str, None]:
+        """What the event's statement was given from elsewhere on the way to this event."""
+        found: dict[str, None] = {}
+        waiting, seen = [event], {event.number}
+        while waiting:
+            current = waiting.pop()
+            for item in current.inputs:
+                maker = self.maker(item.digest)
+                if maker is None or maker.site.whole != event.site.whole or maker.number > current.number:
+                    found[item.digest] = None
+                elif maker.number not in seen:
+                    seen.add(maker.number)
+                    waiting.append(maker)
+        return found
+
+    def line_end(self, event: Event, wrong: Callable[[str], bool]) -> Event:
+        """The last event of the same statement that computes on with the event's result, as long as that is wrong."""
+        while True:
+            following = [
+                user
+                for item in event.outputs
+                for user in self.used[item.digest]
+                if user.number > event.number
+                and user.site.whole == event.site.whole
+                and all(map(wrong, (o.digest for o in user.outputs)))
+                and not {o.digest for o in user.outputs} & {o.digest for o in event.outputs}
+            ]
+            if not following:
+                return event
+            event = min(following, key=lambda each: each.number)
+
+    def behind(self, events: Sequence[Event]) -> list[Event]:
+        """The events that compute on with the results of some, in order."""
+        reached = {o.digest for e in events for o in e.outputs}
+        found = []
+        for event in self.trace.events[min(e.number for e in events) + 1 :]:
+            if any(item.digest in reached for item in event.inputs):
+                found.append(event)
+                reached |= {o.digest for o in event.outputs}
+        return found
 
 
 class Values:
@@ -139,8 +182,9 @@ class Counterpart:
 class Parting:
     """The first line of the candidate whose inputs training had, and whose result it never has.
 
-    events: the runs of that line. counterparts: what training may do there, the most likely first. common: the last values that both
-    have, as training's digests. unknown: whether an input was changed in a way that was not seen.
+    site: the first expression that gives such a result. events: the ends of its statement, one for each run. counterparts: what training
+    may do there, the most likely first. common: the last values that both have, as training's digests. unknown: whether an input was
+    changed in a way that was not seen.
     """
 
     site: Site
@@ -184,74 +228,107 @@ class Comparison:
             return bool(np.max(np.abs(a.sample - b.sample), initial=0.0) <= limit)
         return largest_difference(known[0], known[1], limit) is not None
 
-    def partings(self, but: set[Site] = frozenset()) -> list[Parting]:  # type: ignore[assignment]
-        """The lines at which the candidate parts from the reference, in order; without the sites `but`.
+    def partings(self, but: Collection[tuple[str, int]] = ()) -> list[Parting]:
+        """The lines at which the candidate parts from the reference, in order; without the statements `but`.
 
         Found backwards from the outputs: a value that the reference has is right, however it came about; one that it has not
         is followed to the event that made it, and from there to those of its inputs that the reference has not either.
         """
-        waiting = [
+        wrong = [
             b.digest
             for n, b in enumerate(self.candidate.outputs)
             if n >= len(self.reference.outputs) or not self._same(self.reference.outputs[n].digest, b.digest)
         ]
-        outputs = set(waiting)
+        return self._partings(wrong, set(wrong), but)
+
+    def _partings(self, waiting: list[str], outputs: set[str], but: Collection[tuple[str, int]]) -> list[Parting]:
         seen: set[str] = set()
-        first: dict[Site, dict[int, Event]] = defaultdict(dict)
-        unknown: set[Site] = set()
+        first: dict[tuple[str, int], dict[int, Event]] = defaultdict(dict)
+        unknown: set[tuple[str, int]] = set()
         while waiting:
             digest = waiting.pop()
-            if digest in seen or (digest not in outputs and self.had(digest) is not None):
+            if digest in seen or (digest not in outputs and not self._wrong(digest)):
                 continue
             seen.add(digest)
             event = self.graph.maker(digest)
             if event is None:
                 continue
-            new = [i.digest for i in event.inputs if self.had(i.digest) is None]
-            known = [d for d in new if self.graph.maker(d) is not None and self.graph.maker(d) is not event]
-            if known and event.site not in but:
-                waiting += known
-            elif known:
-                waiting += known
-            else:
-                if event.site in but:
-                    continue
-                first[event.site][event.number] = event
+            new = [i.digest for i in event.inputs if self._wrong(i.digest)]
+            made = [d for d in new if self.graph.maker(d) not in (None, event)]
+            waiting += made
+            if not made and event.site.whole not in but:
+                first[event.site.whole][event.number] = event
                 if new:
-                    unknown.add(event.site)
+                    unknown.add(event.site.whole)
         found = [
-            self._parting(site, tuple(events[n] for n in sorted(events)), site in unknown)
-            for site, events in first.items()
+            self.parting(tuple(events[n] for n in sorted(events)), whole in unknown) for whole, events in first.items()
         ]
         return sorted(found, key=lambda parting: parting.events[0].number)
 
-    def _parting(self, site: Site, events: tuple[Event, ...], unknown: bool) -> Parting:
-        common = [had for e in events for i in e.inputs if (had := self.had(i.digest)) is not None]
-        return Parting(site, events, tuple(self._counterparts(events)), tuple(dict.fromkeys(common)), unknown)
+    def _wrong(self, digest: str) -> bool:
+        return self.had(digest) is None
+
+    def parting(self, events: tuple[Event, ...], unknown: bool = False) -> Parting:
+        """A line with the runs in question: those of its statement's first expressions with a wrong result."""
+        ends = {end.number: end for event in events if (end := self.graph.line_end(event, self._wrong))}
+        last = tuple(ends[number] for number in sorted(ends))
+        common = [had for e in last for d in self.graph.line_inputs(e) if (had := self.had(d)) is not None]
+        return Parting(
+            events[0].site, last, tuple(self._counterparts(last)), tuple(dict.fromkeys(common)), unknown
+        )
+
+    def upstream(self, parting: Parting, but: Collection[tuple[str, int]]) -> list[Parting]:
+        """Lines before a parting whose results the reference never has, though what was made of them it has, such as a shorter
+        recording of which the first segments are the same. In order."""
+        first: dict[tuple[str, int], dict[int, Event]] = defaultdict(dict)
+        for event in self.graph.leading_to([i for e in parting.events for i in e.inputs]):
+            if event.site.whole in but or event.site.whole == parting.site.whole:
+                continue
+            if any(self._wrong(o.digest) for o in event.outputs) and not any(self._wrong(i.digest) for i in event.inputs):
+                first[event.site.whole][event.number] = event
+        found = [self.parting(tuple(events.values())) for events in first.values()]
+        return sorted(found, key=lambda each: each.events[0].number)
+
+    def downstream(self, parting: Parting) -> list[Parting]:
+        """The lines that compute on with a parting's results, in order, and lead to what is returned."""
+        leading = {e.number for e in self.graph.leading_to(self.candidate.outputs)}
+        first: dict[tuple[str, int], dict[int, Event]] = defaultdict(dict)
+        for event in self.graph.behind(parting.events):
+            if event.number in leading and any(self._wrong(o.digest) for o in event.outputs):
+                first[event.site.whole][event.number] = event
+        found = [self.parting(tuple(events.values())) for events in first.values()]
+        return sorted(found, key=lambda each: each.events[0].number)
 
     # --- what the reference does there
 
     def _counterparts(self, events: tuple[Event, ...]) -> list[Counterpart]:
-        relevant = self.reference_graph.leading_to(self.reference.outputs)
         at: dict[Site, list[Event]] = defaultdict(list)
-        for event in relevant:
+        for event in self._unmatched():
             at[event.site].append(event)
         scores: list[tuple[float, Counterpart]] = []
         looked_at = events[:_LOOKED_AT]
         for site, others in at.items():
-            best = [max((self._likeness(e, o), -n) for n, o in enumerate(others[: 4 * _LOOKED_AT])) for e in looked_at]
-            score = sum(b[0] for b in best) / len(best)
-            if score >= 5 and (counterpart := self._paired(site, events, others)) is not None:
+            if len(others) < len(events):
+                continue
+            best = [max(self._likeness(e, o) for o in others[: 4 * _LOOKED_AT]) for e in looked_at]
+            score = sum(best) / len(best)
+            if score >= 4 and (counterpart := self._paired(site, events, others)) is not None:
                 scores.append((score, counterpart))
         if (extra := self._extra(events)) is not None:
             scores.append(extra)
-        return [counterpart for _, counterpart in sorted(scores, key=lambda s: -s[0])[:4]]
+        return [counterpart for _, counterpart in sorted(scores, key=lambda s: -s[0])[:5]]
+
+    @functools.cache  # noqa: B019 - a comparison lives as long as one search
+    def _unmatched(self) -> list[Event]:
+        """The reference's events on the way to its outputs whose results the candidate never has."""
+        leading = self.reference_graph.leading_to(self.reference.outputs)
+        return [e for e in leading if any(self.has(o.digest) is None for o in e.outputs)]
 
     def _likeness(self, event: Event, other: Event) -> float:
         """How likely it is that an event of the reference is what the candidate's event should have been."""
         score = 0.0
-        ours = {had for i in event.inputs if (had := self.had(i.digest)) is not None}
-        theirs = {i.digest for i in other.inputs}
+        ours = {had for d in self.graph.line_inputs(event) if (had := self.had(d)) is not None}
+        theirs = {d for d in self.reference_graph.line_inputs(other) if self.has(d) is not None}
         if ours & theirs:
             score += 3 * len(ours & theirs) / len(ours | theirs) + 1
         elif not ours and not theirs:
@@ -261,10 +338,7 @@ class Comparison:
         best = 0.0
         for a, b in zip(event.outputs, other.outputs, strict=False):
             best = max(best, self._value_likeness(self.candidate.values[a.digest], self.reference.values[b.digest]))
-        score += best
-        if all(self.has(o.digest) is not None for o in other.outputs):
-            score -= 3
-        return score
+        return score + best
 
     @staticmethod
     def _value_likeness(ours: Value, theirs: Value) -> float:

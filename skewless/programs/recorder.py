@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -65,7 +67,21 @@ _IN_PLACE: dict[str, Callable[..., Any]] = {
 # They hand on what is in their arguments, one by one.
 _HANDING_ON = {zip, enumerate, reversed, list, tuple, iter, map, filter, sorted}
 # A container's own methods compute nothing.
-_CONTAINERS = (list, dict, set, frozenset, str, bytes)
+_CONTAINERS = (list, tuple, dict, set, frozenset, str, bytes)
+
+
+def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Looking at a value may run the user's code, such as `__array_finalize__`; what that computes is not the program's."""
+
+    @functools.wraps(method)
+    def looking(self: Recorder, *args: Any, **keywords: Any) -> Any:
+        before, self._local.looking = self.looking, True
+        try:
+            return method(self, *args, **keywords)
+        finally:
+            self._local.looking = before
+
+    return looking
 
 
 @dataclass
@@ -110,7 +126,11 @@ class Recorder:
         self.arrays: dict[str, np.ndarray] = {}
         self.settings: dict[str, str] = {}
         self.substituted: set[Place] = set()
-        self._quiet = False
+        self._local = threading.local()
+
+    @property
+    def looking(self) -> bool:
+        return getattr(self._local, "looking", False)
 
     def trace(self, program: str, file: str, outputs: Any, seconds: float, sources: Mapping[str, str]) -> Trace:
         """What was noted; `outputs` is what the function returned."""
@@ -140,7 +160,8 @@ class Recorder:
     # --- hooks of calls
 
     def function(self, site: int, function: Any) -> Any:
-        self._pending[id(sys._getframe(1)), site] = _Pending(function)
+        if not self.looking:
+            self._pending[id(sys._getframe(1)), site] = _Pending(function)
         return function
 
     def argument(self, site: int, value: Any, name: str | None = None) -> Any:
@@ -171,36 +192,37 @@ class Recorder:
 
     def result(self, site: int, value: Any) -> Any:
         pending = self._pending.pop((id(sys._getframe(1)), site), None)
-        if pending is None:
-            return value
+        return value if pending is None else self._called(site, pending, value)
+
+    @_unseen
+    def _called(self, site: int, pending: _Pending, value: Any) -> Any:
         function = pending.function
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, _CONTAINERS) or self._is_own(function):
-            if isinstance(owner, list | dict):
-                self._items(value)
+        owner = function.__self__ if inspect.isroutine(function) and hasattr(function, "__self__") else None
+        owner = None if isinstance(owner, type) or inspect.ismodule(owner) else owner
+        if type(owner) in _CONTAINERS or self._is_own(function):
             return value
         inputs = pending.items
-        if owner is not None and not isinstance(owner, type) and not inspect.ismodule(owner):
+        if owner is not None:
             inputs = [*self._items(owner), *self._state(owner), *inputs]
         elif not isinstance(function, type):
             inputs = [*self._state(function), *inputs]
         call = self._call(pending)
-        outputs = self._found(value, derived=bool(inputs))
-        if not outputs and value is not None and not isinstance(value, bool | int | str | type) and not inspect.isroutine(value):
-            held = list(state(value)) if self._is_library_object(value) else []
-            if held:
-                outputs = held
         name = call.function if call else _name(function)
-        if function in _HANDING_ON if _hashable(function) else False:
+        if _hashable(function) and function in _HANDING_ON:
             self._hand_on(site, pending.args)
-        if not outputs and value is None or (owner is not None and value is owner and not outputs):
+        outputs = self._found(value, derived=bool(inputs))
+        made = not outputs and value is not owner and self._is_library_object(value)
+        if made:
+            outputs = list(state(value))
+        if not outputs and (value is None or value is owner):
             self._changed(site, name, pending, owner, inputs, call)
             return value
         value = self._event(site, name, inputs, outputs, value, call)
-        if outputs and self._is_library_object(value) and not array_of(value):
+        if made and outputs:
             self._states[id(value)] = (value, [self._item(f) for f in state(value)])
         return value
 
+    @_unseen
     def _changed(
         self, site: int, name: str, pending: _Pending, owner: Any, inputs: list[Item], call: Call | None
     ) -> None:
@@ -218,6 +240,7 @@ class Recorder:
                 self._event(site, name, pending.items, held, owner, call, in_place=True)
                 self._states[id(owner)] = (owner, [self._item(f) for f in state(owner)])
 
+    @_unseen
     def _hand_on(self, site: int, args: list[Any]) -> None:
         for arg in args:
             if array_of(arg) is not None and not isinstance(arg, list | tuple):
@@ -227,20 +250,28 @@ class Recorder:
 
     def binary(self, site: int, name: str, left: Any, right: Any) -> Any:
         symbol, operation = _OPERATORS[name]
+        if self.looking:
+            return operation(left, right)
         inputs = [*self._items(left), *self._items(right)]
         return self._done(site, symbol, inputs, operation(left, right))
 
     def unary(self, site: int, name: str, operand: Any) -> Any:
         symbol, operation = _OPERATORS[name]
+        if self.looking:
+            return operation(operand)
         inputs = self._items(operand)
         return self._done(site, symbol, inputs, operation(operand))
 
     def inplace(self, site: int, name: str, left: Any, right: Any) -> Any:
+        if self.looking:
+            return _IN_PLACE[name](left, right)
         inputs = [*self._items(left), *self._items(right)]
         return self._done(site, f"{_OPERATORS[name][0]}=", inputs, _IN_PLACE[name](left, right))
 
     def item(self, site: int, container: Any, index: Any) -> Any:
-        if isinstance(container, list | tuple | dict | type) or not (inputs := self._items(container)):
+        if self.looking or type(container) in _CONTAINERS or isinstance(container, type):
+            return operator.getitem(container, index)
+        if not (inputs := self._items(container)):
             return operator.getitem(container, index)
         inputs = [*inputs, *self._items(index)]
         return self._done(site, "[]", inputs, operator.getitem(container, index))
@@ -251,24 +282,24 @@ class Recorder:
 
     def attribute(self, site: int, thing: Any, name: str) -> Any:
         value = getattr(thing, name)
-        if array_of(value) is None:
+        if self.looking or array_of(value) is None:
             return value
         inputs = [*self._items(thing), *self._state(thing)]
         return self._done(site, f".{name}", inputs, value) if inputs else value
 
     def value(self, site: int, value: Any) -> Any:
-        return self._done(site, "await", [], value)
+        return value if self.looking else self._done(site, "await", [], value)
 
     def elements(self, site: int, value: Any) -> Any:
         """An array's rows are values of their own when somebody loops over it."""
-        known = array_of(value)
+        known = None if self.looking else array_of(value)
         if known is not None and known[1].ndim > 1 and known[0] in ("numpy", "torch"):
             found = [Found(f"[{at}]", known[0], value[at], row) for at, row in enumerate(known[1][:MOST_RUNS])]
             self._event(site, "for", self._items(value), found, value, None, in_place=True)
         return value
 
     def assigned(self, site: int, value: Any, name: str) -> Any:
-        if isinstance(value, bool | int | float | str) and len(text := repr(value)) < 80:
+        if type(value) in (bool, int, float, str) and len(text := repr(value)) < 80:
             self.settings[f"{self._sites[site]} {name}"] = text
         return value
 
@@ -284,6 +315,8 @@ class Recorder:
     def storing(self, site: int, value: Any, container: Any) -> Any:
         """Before `container[...] = value`."""
         key = id(container)
+        if self.looking:
+            return value
         if array_of(container) is not None or key in self._written:
             if key not in self._written:
                 self._written[key] = (container, site, self._items(container))
@@ -298,12 +331,14 @@ class Recorder:
 
     def caught(self, site: int) -> None:
         kind, error, _ = sys.exc_info()
+        if self.looking:
+            return
         key = (site, kind.__name__ if kind else "", " ".join(str(error).split())[:200])
         self._caught[key] = self._caught.get(key, 0) + 1
         self._last_caught.setdefault(site, []).append(key)
 
     def escaped(self, site: int) -> None:
-        if waiting := self._last_caught.get(site):
+        if not self.looking and (waiting := self._last_caught.get(site)):
             self._caught[waiting.pop()] -= 1
 
     # --- what is noted
@@ -313,6 +348,7 @@ class Recorder:
             return value
         return self._event(site, name, inputs, self._found(value, derived=True), value, None)
 
+    @_unseen
     def _event(
         self,
         site: int,
@@ -342,6 +378,7 @@ class Recorder:
         self.events.append(Event(len(self.events), place[0], occurrence, name, tuple(inputs), items, call))
         return value
 
+    @_unseen
     def _found(self, value: Any, derived: bool = False) -> list[Found]:
         self._look_again(value)
         found = list(find(value, self._note))
@@ -349,6 +386,7 @@ class Recorder:
             return [Found("", "number", value, number)]
         return found
 
+    @_unseen
     def _items(self, value: Any) -> list[Item]:
         if isinstance(value, float | np.number):
             return [self._item(Found("", "number", value, np.asarray(value)))] if float(value) in self._numbers else []
@@ -390,19 +428,23 @@ class Recorder:
     # --- functions
 
     def _is_own(self, function: Any) -> bool:
-        function = getattr(function, "func", function)  # functools.partial
-        function = inspect.unwrap(function) if callable(function) else function
-        module = getattr(function, "__module__", None)
-        if not isinstance(module, str):
-            module = type(function).__module__
+        function = _plain(function)
         if isinstance(function, type) or inspect.isroutine(function):
-            return self._own(module)
+            module = getattr(function, "__module__", None)
+            return self._own(module if isinstance(module, str) else type(function).__module__)
         return self._own(type(function).__module__)
 
     def _is_library_object(self, value: Any) -> bool:
-        module = type(value).__module__
-        return module != "builtins" and not self._own(module) and hasattr(value, "__dict__") and not inspect.ismodule(value)
+        kind = type(value)
+        return (
+            kind.__module__ != "builtins"
+            and not self._own(kind.__module__)
+            and not isinstance(value, type)
+            and not inspect.isroutine(value)
+            and not inspect.ismodule(value)
+        )
 
+    @_unseen
     def _call(self, pending: _Pending) -> Call | None:
         function = pending.function
         name = _name(function)
@@ -429,14 +471,21 @@ def _written_into(container: Any, array: np.ndarray) -> Any:
     return container
 
 
+def _plain(function: Any) -> Any:
+    """The function behind a partial or a decorator that says what it wraps."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.unwrap(function) if inspect.isroutine(function) else function
+
+
 def _hashable(function: Any) -> bool:
     return isinstance(function, type) or inspect.isroutine(function)
 
 
 def _name(function: Any) -> str:
     """The name by which a library's users know a function: "torch.stack", "numpy.ndarray.mean"."""
-    function = getattr(function, "func", function)
-    owner = getattr(function, "__self__", None)
+    function = _plain(function)
+    owner = getattr(function, "__self__", None) if inspect.isroutine(function) else None
     if isinstance(function, np.ufunc):
         return f"numpy.{function.__name__}"
     if inspect.isroutine(function) and owner is not None and not inspect.ismodule(owner):
@@ -475,6 +524,10 @@ def _bound(function: Any, args: list[Any], keywords: dict[str, Any]) -> tuple[li
     return names, values
 
 
+# Objects of these packages tell briefly what they are: torch.float32, cuda:0, PosixPath.
+_SHOWN = ("torch", "numpy", "pathlib", "PIL", "enum", "fractions", "decimal")
+
+
 def _text(value: Any) -> str:
     known = array_of(value)
     if known is not None:
@@ -482,11 +535,17 @@ def _text(value: Any) -> str:
         return f"<{known[0]} {dtype} {tuple(known[1].shape)}>"
     if inspect.isroutine(value) or isinstance(value, type):
         return _name(value)
-    if isinstance(value, bool | int | float | str | bytes | list | tuple | dict | set) or value is None:
+    if value is None or type(value) in (bool, int, float, complex, str, bytes, slice):
         text = repr(value)
         return text if len(text) <= 120 else text[:117] + "..."
-    text = str(value)
-    return text if len(text) <= 60 and " at 0x" not in text else f"<{type(value).__qualname__}>"
+    if type(value) in (list, tuple, set, dict) and len(value) <= 16:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items()) + "}"
+        inner = ", ".join(map(_text, value))
+        return {list: f"[{inner}]", tuple: f"({inner})"}.get(type(value), f"{{{inner}}}")
+    if type(value).__module__.partition(".")[0] in _SHOWN:
+        return str(value)
+    return f"<{type(value).__qualname__}>"
 
 
 _VERSIONS: dict[str, str] = {}

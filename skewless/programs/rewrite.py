@@ -27,9 +27,15 @@ class Rewriter(ast.NodeTransformer):
         self._source, self._file, self._sites = source, file, sites
         self._lines = source.splitlines()
         self._inside: list[str] = []
+        self._statement_line = 0
 
     def rewrite(self, tree: ast.Module) -> ast.Module:
         return ast.fix_missing_locations(self.visit(tree))
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.stmt):
+            self._statement_line = node.lineno
+        return super().visit(node)
 
     # --- places and calls of hooks
 
@@ -38,7 +44,7 @@ class Rewriter(ast.NodeTransformer):
             text = ast.get_source_segment(self._source, node) or ""
         text = " ".join(text.split())
         text = text if len(text) <= _TEXT else text[: _TEXT - 3] + "..."
-        self._sites.append(Site(self._file, node.lineno, node.col_offset, text, ".".join(self._inside)))
+        self._sites.append(Site(self._file, node.lineno, node.col_offset, text, ".".join(self._inside), self._statement_line))
         return ast.Constant(len(self._sites) - 1)
 
     @staticmethod

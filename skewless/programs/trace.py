@@ -23,7 +23,7 @@ class Site:
     """A place in a program's source.
 
     file: relative to the program's folder; line: counted from 1; column: from 0; text: the source of the expression.
-    function: the qualified name of the function around it, "" at module level.
+    function: the qualified name of the function around it, "" at module level. statement: the line on which its statement begins.
     """
 
     file: str
@@ -31,6 +31,12 @@ class Site:
     column: int
     text: str
     function: str = ""
+    statement: int = 0
+
+    @property
+    def whole(self) -> tuple[str, int]:
+        """The statement that it is a part of."""
+        return self.file, self.statement
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"

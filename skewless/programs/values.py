@@ -87,7 +87,7 @@ def _unordered(flat: np.ndarray) -> int:
 def array_of(value: Any) -> tuple[str, np.ndarray] | None:
     """(kind, numbers) of an array-like value, None for anything else. A tensor's numbers are those it has now, not a view."""
     if isinstance(value, np.ndarray):
-        return ("numpy", value) if value.dtype.kind in "biufc" and value.size else None
+        return ("numpy", np.asarray(value)) if value.dtype.kind in "biufc" and value.size else None
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         if not value.numel() or value.is_quantized or value.layout != torch.strided or value.device.type == "meta":
@@ -137,12 +137,19 @@ def _find(value: Any, path: str, notes: Callable[[str], None], depth: int) -> It
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         yield from ((f"[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, Sequence):
         yield from ((f"[{at}]", part) for at, part in enumerate(value))
     else:
-        yield from ((f".{f.name}", getattr(value, f.name)) for f in dataclasses.fields(value) if hasattr(value, f.name))
+        held = getattr(value, "__dict__", {})
+        yield from ((f".{name}", held[name]) for name in _fields(value) if name in held)
+
+
+def _fields(value: Any) -> list[str]:
+    """The fields of a dataclass; asked of its classes, as an object may make up attributes."""
+    classes = (vars(kind) for kind in type(value).__mro__)
+    return next((list(held["__dataclass_fields__"]) for held in classes if "__dataclass_fields__" in held), [])
 
 
 def state(thing: Any, most: int = 1_000_000) -> Iterator[Found]:
@@ -154,7 +161,11 @@ def state(thing: Any, most: int = 1_000_000) -> Iterator[Found]:
     if torch is not None and isinstance(thing, torch.nn.Module):
         held = [(f".{n}", t) for n, t in (*thing.named_buffers(), *thing.named_parameters())]
     else:
-        held = [(f".{n}", v) for n, v in getattr(thing, "__dict__", {}).items()]
+        try:
+            # Not getattr: an object that makes up its attributes would make this one up.
+            held = [(f".{n}", v) for n, v in object.__getattribute__(thing, "__dict__").items()]
+        except AttributeError:
+            return
     found = [Found(path, known[0], value, known[1]) for path, value in held if (known := array_of(value)) is not None]
     if sum(f.array.size for f in found) <= most:
         yield from found

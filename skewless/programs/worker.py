@@ -219,6 +219,7 @@ def _seed() -> None:
 def _told(error: BaseException, program: Program) -> str:
     """The error with the user's own line at which it came."""
     own = [f for f in traceback.extract_tb(error.__traceback__) if program._is_own(Path(f.filename))]
+    if os.environ.get("DBG"): traceback.print_exception(error)
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
     return f"{type(error).__name__}: {error}{where}"
 
