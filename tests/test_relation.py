@@ -229,6 +229,16 @@ def test_slices_permuted() -> None:
     assert (relation.kind, relation.numbers["axis"], relation.numbers["order"]) == ("order", 0, order)
 
 
+def test_channels_turned_round() -> None:
+    assert told(picture(), picture()[..., [1, 2, 0]]).numbers["order"] == [1, 2, 0]
+
+
+def test_a_letterbox_at_another_place_is_a_shift_and_no_permutation() -> None:
+    centred, first = (np.pad(spectrogram() / 80, (rows, (0, 0)), constant_values=-1) for rows in ((20, 20), (0, 40)))
+    relation = told(centred, first)
+    assert (relation.kind, relation.numbers["shift"], relation.numbers["axis"]) == ("shift", -20, 0)
+
+
 def test_a_reshape_in_place_of_a_transpose() -> None:
     x = picture(50, 40)
     relation = told(x.transpose(2, 0, 1), x.reshape(3, 50, 40))
@@ -263,6 +273,11 @@ def test_scale() -> None:
     assert relation.text == "the service's value is 0.6635 times training's (-3.56 dB)"
     assert_allclose(relation.largest, 0.7 * (1 - 0.6635))
     assert_allclose(relation.relative, 1 - 0.6635)
+
+
+def test_a_scale_close_to_1_is_told_with_enough_digits() -> None:
+    text = told(waveform(), waveform() * 32767 / 32768, rtol=1e-6).text
+    assert text == "the service's value is 0.999969 times training's (-0.00027 dB)"
 
 
 def test_offset_and_affine() -> None:
@@ -427,6 +442,12 @@ def test_edges() -> None:
     assert kind_of(x, y) != "edges"
 
 
+def test_a_few_scaled_rows_at_the_end_are_edges_and_no_normalisation() -> None:
+    x = np.random.default_rng(0).normal(size=(20, 50))
+    relation = told(x, x * np.r_[np.ones(18), 2, 3][:, None])
+    assert (relation.kind, relation.numbers["axis"], relation.numbers["last"]) == ("edges", 0, 2)
+
+
 def test_a_few_places() -> None:
     x = waveform()
     y = x.copy()
@@ -460,6 +481,15 @@ def test_another_normalisation_of_each_channel() -> None:
     relation = told(x - mean, x)
     assert_allclose(relation.numbers["offsets"], mean)
     assert "ratios" not in relation.numbers
+
+
+def test_channels_reversed_and_another_normalisation_of_each() -> None:
+    x = (picture() * 255).astype(np.uint8)
+    relation = told(x / 255, x[..., ::-1] - np.array([103.939, 116.779, 123.68]))
+    assert (relation.kind, relation.numbers["axis"], relation.numbers["mirrored"]) == ("per_channel", 2, [2])
+    assert_allclose(relation.numbers["ratios"], 255, rtol=1e-6)
+    assert_allclose(relation.numbers["offsets"], [-103.939, -116.779, -123.68], rtol=1e-5)
+    assert "mirrored" not in told(x / 255, x - np.array([103.939, 116.779, 123.68])).numbers
 
 
 def test_another_scale_of_each_segment() -> None:
@@ -513,6 +543,12 @@ def test_another_number_of_segments_and_a_scale() -> None:
     assert relation.numbers["shared"]["kind"] == "scale"
     assert_allclose(relation.numbers["shared"]["ratio"], 0.5)
     assert "over the first 9: the service's value is 0.5 times" in relation.text
+
+
+def test_silence_that_both_have_does_not_hide_a_scale() -> None:
+    x = np.r_[np.zeros(30000), waveform()[:20000]]
+    relation = told(x, 0.5 * x[:-100])
+    assert (relation.kind, relation.numbers["shared"]["kind"]) == ("rows", "scale")
 
 
 def test_a_stretch_cut_out_of_a_waveform() -> None:
@@ -618,6 +654,9 @@ def test_unrelated_signals_are_not_called_filtered(ours: float, theirs: float) -
     relation = told(ours * waveform(), theirs * waveform(seed=8))
     assert relation.kind == "other"
     assert abs(relation.numbers["correlation"]) < 0.05
+    difference = theirs * waveform(seed=8) - ours * waveform()
+    level = 10 * np.log10(np.mean(difference**2) / np.mean((ours * waveform()) ** 2))
+    assert_allclose(relation.numbers["level_db"], level)
 
 
 def test_noise_and_its_level() -> None:

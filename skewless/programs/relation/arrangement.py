@@ -16,15 +16,16 @@ from skewless.programs.relation.pair import (
     close,
     distances,
     ends,
-    in_db,
     joined,
     lines_of,
     number,
     places_in,
     ratio_numbers,
+    times_training,
 )
 
 SLICES = 256  # the longest axis along which slices are matched by content
+SHORTEST = 8  # the shortest axis along which a shift is told, and not a permutation
 WINDOW = 1 << 17  # the longest stretch in which a shift is looked for; shifts of up to half of it are found
 FEW = 0.05  # share of numbers that are "a few places"
 
@@ -56,7 +57,7 @@ def _permuted(pair: Pair, ratio: float, offset: float) -> Relation | None:
     plain = ratio == 1 and not offset
     tolerance = pair.tolerance if plain else pair.tolerance_of(ratio)
     numbers: dict[str, Any] = {} if plain else {**ratio_numbers(ratio), "offset": offset}
-    also = "" if plain else f", and the value is {number(ratio)} times training's{in_db(ratio)}"
+    also = "" if plain else f", and the value is {times_training(ratio)}"
     also += f" {'plus' if offset > 0 else 'minus'} {number(abs(offset))}" if offset and not plain else ""
     views = [
         (axes, r.transpose(axes))
@@ -85,8 +86,6 @@ def _permuted(pair: Pair, ratio: float, offset: float) -> Relation | None:
             order = _matched_slices(view, c, axis, ratio, offset, tolerance)
             if order is None or order == sorted(order):
                 continue
-            if len(order) > 2 and all((b - a) % len(order) == 1 for a, b in itertools.pairwise(order)):
-                continue  # turned round: a circular shift
             if not close(view.take(order, axis), c, tolerance, ratio, offset):
                 continue
             parts = ([moved] if moved else []) + [
@@ -104,6 +103,9 @@ def _matched_slices(
     if not 2 <= view.shape[axis] <= SLICES:
         return None
     near = distances(lines_of(view, axis) * ratio + offset, lines_of(c, axis)) <= tolerance
+    n = len(near)
+    if n >= SHORTEST and any(near[(np.arange(n) + k) % n, np.arange(n)].all() for k in range(1, n)):
+        return None  # turned round: a circular shift
     order: list[int] = []
     for j in range(near.shape[1]):
         choices = [int(i) for i in np.flatnonzero(near[:, j]) if i not in order]
@@ -137,7 +139,7 @@ def as_shuffled(pair: Pair) -> Relation | None:
 
 def as_shift(pair: Pair) -> Relation | None:
     for axis in sorted(range(pair.r.ndim), key=lambda axis: -pair.shape[axis]):
-        if pair.shape[axis] < 8:
+        if pair.shape[axis] < SHORTEST:
             continue
         for lag in lags(lines_of(pair.r, axis, across=True), lines_of(pair.c, axis, across=True)):
             if lag and (relation := _shifted(pair, axis, lag)):
@@ -169,7 +171,7 @@ def _shifted(pair: Pair, axis: int, lag: int) -> Relation | None:
             filling, how = "other", "the rest holds other numbers"
         else:
             continue
-        times = "" if ratio == 1 else f", and {number(ratio)} times training's{in_db(ratio)}"
+        times = "" if ratio == 1 else f", and {times_training(ratio)}"
         word = "later" if lag > 0 else "earlier"
         text = f"the service's numbers come {abs(lag)} positions {word}{pair.along(axis)}{times}; {how}"
         numbers = {"shift": lag, "axis": pair.axes[axis], "filling": filling} | (
@@ -322,6 +324,18 @@ def as_per_channel(pair: Pair) -> Relation | None:
                 )
             text = f"another {named} for each of {n} along axis {pair.axes[axis]}: {', '.join(told)}"
             return pair.relation("per_channel", text, numbers)
+    return None
+
+
+def as_reversed_per_channel(pair: Pair) -> Relation | None:
+    """Three channels reversed, and each with another scale or offset: RGB against BGR less its means."""
+    for axis in range(pair.r.ndim):
+        if pair.shape[axis] != 3 or pair.r.ndim == 1:
+            continue
+        found = as_per_channel(Pair(np.flip(pair.r, axis), pair.c, pair.rtol, pair.axes))
+        if found is not None and found.numbers["axis"] == pair.axes[axis]:
+            text = f"{_reversed(3, pair.axes[axis], pair.r.ndim)}, and {found.text}, in the service's order"
+            return pair.relation("per_channel", text, {**found.numbers, "mirrored": [pair.axes[axis]]})
     return None
 
 

@@ -11,11 +11,11 @@ from skewless.programs.relation.pair import (
     Relation,
     close,
     in_blocks,
-    in_db,
     number,
     ratio_numbers,
     sample_first,
     slope_of,
+    times_training,
 )
 
 
@@ -37,7 +37,7 @@ def as_constant(pair: Pair) -> Relation | None:
         if pair.low[0] == 0:
             return pair.relation("offset", f"{sides}: {number(low)} more", {"offset": low})
         ratio = low / pair.low[0]
-        return pair.relation("scale", f"{sides}: {number(ratio)} times training's{in_db(ratio)}", ratio_numbers(ratio))
+        return pair.relation("scale", f"{sides}: {times_training(ratio)}", ratio_numbers(ratio))
     text = f"the service's value is {number(low)} everywhere, whatever training's"
     if low == 0:
         return pair.relation("scale", text, ratio_numbers(0.0))
@@ -47,9 +47,7 @@ def as_constant(pair: Pair) -> Relation | None:
 def as_scale(pair: Pair) -> Relation | None:
     if not (ratio := slope_of(pair)) or not close(pair.r, pair.c, pair.tolerance_of(ratio), ratio):
         return None
-    return pair.relation(
-        "scale", f"the service's value is {number(ratio)} times training's{in_db(ratio)}", ratio_numbers(ratio)
-    )
+    return pair.relation("scale", f"the service's value is {times_training(ratio)}", ratio_numbers(ratio))
 
 
 def as_offset(pair: Pair) -> Relation | None:
@@ -113,7 +111,7 @@ def as_clipped(pair: Pair) -> Relation | None:
         tighter = {_tighter(low_c - low_r * ratio)} if below else set()
         tighter |= {_tighter(high_r * ratio - high_c)} if above else set()
         who = tighter.pop() if len(tighter) == 1 else "each side at one end"
-        times = "" if ratio == 1 else f"the service's value is {number(ratio)} times training's{in_db(ratio)}, and "
+        times = "" if ratio == 1 else f"the service's value is {times_training(ratio)}, and "
         numbers = {"below": below, "above": above, "low": [low_r, low_c], "high": [high_r, high_c]}
         numbers |= {} if ratio == 1 else ratio_numbers(ratio)
         return pair.relation("clipped", f"{times}clipped by {who}: {'; '.join(sides)}", numbers)

@@ -194,9 +194,14 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
 
 
-def in_db(ratio: float) -> str:
-    sign = ", its sign turned" if ratio < 0 else ""
-    return f" ({20 * math.log10(abs(ratio)):+.2f} dB{sign})" if ratio else ""
+def times_training(ratio: float) -> str:
+    """The ratio in words, with its decibels; with more digits where it is close to 1."""
+    text = f"{f'{ratio:.6g}' if 0 < abs(ratio - 1) < 0.01 else number(ratio)} times training's"
+    if not ratio:
+        return text
+    db = 20 * math.log10(abs(ratio))
+    digits = f"{db:+.2f}" if abs(db) >= 0.1 or not db else f"{db:+.2g}"
+    return f"{text} ({digits} dB{', its sign turned' if ratio < 0 else ''})"
 
 
 def ratio_numbers(ratio: float) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from skewless.programs.relation.pair import (
     Pair,
     Relation,
     in_blocks,
-    in_db,
     number,
     places_in,
     ratio_numbers,
     sample_first,
     slope_of,
+    times_training,
 )
 
 STEPS = {
@@ -117,7 +117,7 @@ def _stepped(pair: Pair, ratio: float = 1.0) -> Relation | None:
         if not how:
             continue
         if ratio != 1:
-            text = f"the service's value is {number(ratio)} times training's{in_db(ratio)}, {how} to {name}"
+            text = f"the service's value is {times_training(ratio)}, {how} to {name}"
             return pair.relation("scale", text, {**ratio_numbers(ratio), **numbers, "rounding": how})
         return pair.relation("type", f"{side} has {other}'s numbers {how} to {name}", {**numbers, "rounding": how})
     return None

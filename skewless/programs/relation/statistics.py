@@ -125,9 +125,12 @@ def as_other(pair: Pair) -> Relation:
     spread = math.sqrt(max(0.0, rr - n * r * r) * max(0.0, cc - n * c * c))
     correlation = max(-1.0, min(1.0, (rc - n * r * c) / spread)) if spread > 1e-12 * math.sqrt(rr * cc) else None
     mean = sum(float(np.abs(y - x).sum()) for x, y in in_blocks(pair.r, pair.c)) / n
+    level = _statistics(pair)[0]
+    db = 20 * math.log10(level / math.sqrt(rr / n)) if level and rr else None
     told = "" if correlation is None else f"correlation {correlation:.4f}, "
+    told += "" if db is None else f"difference {db:.1f} dB relative to training's level, "
     text = f"the service has other numbers: {told}largest difference {number(pair.largest)}, mean {number(mean)}"
-    return pair.relation("other", text, {"correlation": correlation, "mean": mean})
+    return pair.relation("other", text, {"correlation": correlation, "mean": mean, "level_db": db})
 
 
 def _statistics(pair: Pair) -> tuple[float, float, float]:
