@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -67,6 +67,7 @@ class Cause:
     after: Outcome | None
     alone: Outcome | None
     stopped: str = ""
+    alone_plan: Plan = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,10 @@ class Search:
                 # The line differs, and nothing that is returned depends on how.
                 left.add(parting.site.whole)
             else:
-                causes.append(self._cause(comparison, parting, put_at, counterpart, before, outcome, run, ""))
+                cause = self._cause(comparison, parting, put_at, counterpart, before, outcome, run, "")
+                if causes and causes[-1].parting.site.whole == parting.site.whole and causes[-1].after is not None:
+                    cause = self._together(causes.pop(), cause, run)
+                causes.append(cause)
             plan, before = new, outcome
             comparison = Comparison(reference, after, self._rtol)
         return Compared(
@@ -151,6 +155,10 @@ class Search:
                     return earlier, earlier, *fixed
         fixed = reason = self._fix(parting, comparison, plan, run)
         if not isinstance(fixed, str):
+            for earlier in comparison.weaker(parting) if fixed[0].kind == "missing" else ():
+                better = self._fix(earlier, comparison, plan, run)
+                if not isinstance(better, str) and not self._still(parting, comparison, better[2]):
+                    return earlier, earlier, *better
             return parting, parting, *fixed
         for later in comparison.downstream(parting):
             fixed = self._fix(later, comparison, plan, run)
@@ -209,6 +217,7 @@ class Search:
         inputs = comparison.graph.line_inputs(parting.events[0] if put_at is not parting else event)
         common = next((d for d in inputs if comparison.had(d)), None)
         had = comparison.had(common) if common else None
+        alone = self._alone(comparison, put_at, counterpart) if counterpart else {}
         return Cause(
             parting,
             None if put_at is parting else put_at.site,
@@ -222,22 +231,33 @@ class Search:
             ),
             before,
             after,
-            self._alone(comparison, put_at, counterpart, run) if counterpart else None,
+            self._run_alone(alone, run) if counterpart else None,
             stopped,
+            alone,
         )
 
-    def _alone(
-        self, comparison: Comparison, parting: Parting, counterpart: Counterpart, run: Callable[[Side, Plan], Trace]
-    ) -> Outcome:
-        """Training's program with the candidate's values at this one line."""
+    def _together(self, first: Cause, second: Cause, run: Callable[[Side, Plan], Trace]) -> Cause:
+        """Two causes within one statement, as one."""
+        plan = {**first.alone_plan, **second.alone_plan}
+        alone = self._run_alone(plan, run) if first.alone_plan and second.alone_plan else first.alone
+        return replace(first, after=second.after, alone=alone, alone_plan=plan)
+
+    def _alone(self, comparison: Comparison, parting: Parting, counterpart: Counterpart) -> Plan:
+        """What to put into training's program, so that this one line computes what the candidate's does; empty where it has no such line."""
         plan: Plan = {}
         for n, event in enumerate(parting.events):
             other = counterpart.events[n] if counterpart.events else comparison.reference_graph.maker(counterpart.instead[n])
             array = comparison.candidate.arrays.get(event.outputs[0].digest)
             if other is None or array is None:
-                return Outcome(None, refused="training has no line at which it can be done alone")
+                return {}
             path = next((o.path for o in other.outputs if o.digest == counterpart.instead[n]), other.outputs[0].path)
             plan[other.site, other.occurrence] = {path: array}
+        return plan
+
+    def _run_alone(self, plan: Plan, run: Callable[[Side, Plan], Trace]) -> Outcome:
+        """Training's program with the candidate's values at one line."""
+        if not plan:
+            return Outcome(None, refused="training has no line at which it can be done alone")
         try:
             return self._outcome(run(self._reference, plan))
         except ProgramError as error:

@@ -142,7 +142,11 @@ class Values:
 
     def _transposed(self, value: Value, array: np.ndarray | None, other: Value, theirs: np.ndarray | None) -> bool:
         limit = self._rtol * max(other.largest, 1e-30)
-        if array is None or theirs is None or len(value.shape) > 5 or abs(value.high - other.high) > limit:
+        alike = all(
+            abs(a - b) <= limit
+            for a, b in ((value.high, other.high), (value.low, other.low), (value.mean, other.mean), (value.rms, other.rms))
+        )
+        if array is None or theirs is None or len(value.shape) > 5 or not alike:
             return False
         ours, theirs = canonical(array), canonical(theirs)
         return any(
@@ -270,7 +274,7 @@ class Comparison:
 
     def parting(self, events: tuple[Event, ...], unknown: bool = False) -> Parting:
         """A line with the runs in question: those of its statement's first expressions with a wrong result."""
-        ends = {end.number: end for event in events if (end := self.graph.line_end(event, self._wrong))}
+        ends = {end.number: end for end in (self.graph.line_end(event, self._wrong) for event in events)}
         last = tuple(ends[number] for number in sorted(ends))
         common = [had for e in last for d in self.graph.line_inputs(e) if (had := self.had(d)) is not None]
         return Parting(
@@ -288,6 +292,22 @@ class Comparison:
                 first[event.site.whole][event.number] = event
         found = [self.parting(tuple(events.values())) for events in first.values()]
         return sorted(found, key=lambda each: each.events[0].number)
+
+    def weaker(self, parting: Parting) -> list[Parting]:
+        """Lines that do what training does before a parting, with the same inputs, and another result, in order.
+
+        Such as a trimming of silence that finds none: what it gives is a value that training had, one step before.
+        """
+        found = []
+        for missing in parting.counterparts[0].missing if parting.counterparts else ():
+            inputs = self.reference_graph.line_inputs(missing)
+            for event in self.candidate.events:
+                same = event.operation == missing.operation and event.number < parting.events[0].number
+                if same and {self.had(d) for d in self.graph.line_inputs(event)} == set(inputs) and inputs:
+                    if all(self.had(o.digest) != m.digest for o, m in zip(event.outputs, missing.outputs, strict=False)):
+                        found.append(self.parting((event,)))
+                        break
+        return found
 
     def downstream(self, parting: Parting) -> list[Parting]:
         """The lines that compute on with a parting's results, in order, and lead to what is returned."""
