@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from skewless.html_page import badge, document, row, table
 from skewless.skew import pictures
-from skewless.skew.pictures import PALETTE, Example, Picture
+from skewless.skew.pictures import Example, Picture
 from skewless.skew.report import (
     cannot_run,
     decision_change,
@@ -37,93 +38,11 @@ def write_html(report: dict[str, Any], examples: Sequence[Example], path: Path) 
         _recordings(report),
         _provenance(report),
     ]
-    path.write_text(
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{escape(title)}</title>\n'
-        f"<style>{_css()}</style>\n</head>\n<body>\n<main>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n",
-        encoding="utf-8",
-    )
-
-
-def _css() -> str:
-    light, dark = (";".join(f"--{name}:{pair[k]}" for name, pair in PALETTE.items()) for k in (0, 1))
-    return f":root{{{light};{_GROUND_LIGHT}}}@media(prefers-color-scheme:dark){{:root{{{dark};{_GROUND_DARK}}}}}{_CSS}"
-
-
-_GROUND_LIGHT = "--ground:#f4f6f8;--panel:#fff;--good:#14713a;--tint:#fff6ec"
-_GROUND_DARK = "--ground:#14181d;--panel:#1d232a;--good:#67cf8f;--tint:#33291d"
-_CSS = """
-*{box-sizing:border-box}
-body{margin:0;background:var(--ground);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:24px 16px 64px}
-h1{font-size:1.9rem;line-height:1.2;margin:.2em 0}
-h2{font-size:1.3rem;margin:0 0 .3em}
-h3{font-size:1.1rem;margin:0;overflow-wrap:anywhere}
-h4{font-size:.95rem;margin:1.2em 0 .2em}
-p{margin:.4em 0;max-width:75ch}
-section,article{background:var(--panel);border:1px solid var(--grid);border-radius:10px;padding:20px;margin:18px 0}
-section section,section article{border-width:1px 0 0;border-radius:0;padding:20px 0 0;margin:24px 0 0}
-.eyebrow,.note,figcaption{color:var(--muted);font-size:.9rem}
-.headline{border-left:6px solid var(--muted);padding-left:14px}
-.headline.good{border-color:var(--good)}.headline.warn{border-color:var(--candidate)}.headline.bad{border-color:var(--flip)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:12px;margin:18px 0 0;padding:0}
-.tiles div{border:1px solid var(--grid);border-radius:8px;padding:12px 14px}
-.tiles dt{color:var(--muted);font-size:.85rem}
-.tiles dd{margin:0;font-size:1.35rem;font-weight:650;line-height:1.3;overflow-wrap:anywhere}
-.tiles dd small{display:block;font-size:.85rem;font-weight:400;color:var(--muted)}
-.note{font-weight:400}.unit{white-space:nowrap}.shape{white-space:nowrap;font-size:.8rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.6em 0}
-th,td{padding:6px 10px 6px 0;border-bottom:1px solid var(--grid);text-align:left;vertical-align:top}
-thead th{color:var(--muted);font-weight:600;white-space:nowrap;border-bottom-width:2px}
-tbody th{font-weight:600}
-.n{text-align:right;white-space:nowrap}
-th[colspan]{text-align:center;border-left:4px solid var(--panel);border-bottom-width:1px}
-tr.first{background:var(--tint)}
-tfoot td,tfoot th{border-bottom:0;border-top:2px solid var(--grid)}
-.badge{display:inline-block;border:1.5px solid currentColor;border-radius:99px;padding:0 8px;font-size:.8rem;
-font-weight:600;white-space:nowrap}
-.same{color:var(--good)}.differs{color:var(--candidate)}.flip{color:var(--flip)}
-.reference{color:var(--reference)}.candidate{color:var(--candidate)}
-figure{margin:0}
-figure img{display:block;max-width:100%;height:auto}
-.wide{overflow-x:auto}.wide img{min-width:640px}
-.trio{display:grid;grid-template-columns:repeat(auto-fit,minmax(270px,1fr));gap:14px}
-.trio figcaption{color:var(--ink);font-weight:600}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:22px;align-items:start}
-details summary{cursor:pointer;font-weight:600}
-code{font-size:.88em;overflow-wrap:anywhere}
-dl.metadata{display:grid;grid-template-columns:minmax(110px,max-content) 1fr;gap:4px 16px;font-size:.92rem}
-dl.metadata dt{color:var(--muted)}dl.metadata dd{margin:0}
-"""
-
-
-def _table(
-    head: Sequence[str], rows: Iterable[str], *, numeric: int, caption: str, foot: str = "", groups: str = ""
-) -> str:
-    """A table whose columns from `numeric` on hold numbers; `rows` are made by `_row`, `groups` is a row of headers."""
-    cells = "".join(
-        f'<th scope="col"{" class=n" if k >= numeric else ""}>{escape(name)}</th>' for k, name in enumerate(head)
-    )
-    return (
-        f'<figure><figcaption>{caption}</figcaption><div class="scroll" tabindex="0"><table><thead>{groups}<tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody>{f'<tfoot>{foot}</tfoot>' if foot else ''}</table></div></figure>"
-    )
-
-
-def _row(head: str, cells: Sequence[str], *, numeric: int, kind: str = "") -> str:
-    """A row of ready HTML: the row header, then cells, of which those from column `numeric` on are numbers."""
-    inner = "".join(f"<td{' class=n' if k >= numeric else ''}>{cell}</td>" for k, cell in enumerate(cells, start=1))
-    return f'<tr{f" class={kind}" if kind else ""}><th scope="row">{head}</th>{inner}</tr>'
+    path.write_text(document(title, sections), encoding="utf-8")
 
 
 def _image(picture: Picture) -> str:
     return f'<img src="{picture.uri}" width="{picture.width}" alt="{escape(picture.alt, quote=True)}">'
-
-
-def _badge(text: str, kind: str) -> str:
-    return f'<span class="badge {kind}">{escape(text)}</span>'
 
 
 def _summary(report: dict[str, Any]) -> str:
@@ -164,22 +83,22 @@ def _stages(report: dict[str, Any]) -> str:
     rows = []
     for at, stage in enumerate(report["stages"]):
         is_first = first is not None and at == first["row"]
-        head = escape(stage_name(stage)) + (f" {_badge('first difference', 'differs')}" if is_first else "")
+        head = escape(stage_name(stage)) + (f" {badge('first difference', 'differs')}" if is_first else "")
         definition = escape(stage["definition"])
         edit = None if stage["edit"] is None else report["edits"][stage["edit"]]
         if edit and edit["alone"]["recordings"] and not edit["inputs_changed_alone"]:
             definition += '<br><span class="note">alone, it changes nothing here</span>'
         if stage["shapes"]:
             head += f'<br><span class="note shape">{shapes(stage)}</span>'
-        badge = _badge(output(stage), "same" if stage["same"] else "differs")
-        cells = [definition, badge, f"<span class=unit>{escape(stage['unit'])}</span>", *difference(stage)]
-        rows.append(_row(head, cells, numeric=4, kind="first" if is_first else ""))
+        shown = badge(output(stage), "same" if stage["same"] else "differs")
+        cells = [definition, shown, f"<span class=unit>{escape(stage['unit'])}</span>", *difference(stage)]
+        rows.append(row(head, cells, numeric=4, kind="first" if is_first else ""))
     return (
         '<section aria-labelledby="where"><h2 id="where">Where: stage by stage</h2>'
         "<p>What both pipelines hold after each stage, on the same recording. Where only one of them has the stage, its "
         "output is compared with what the other holds at that point. Outputs of different length are compared over the "
         "part they share.</p>"
-        + _table(
+        + table(
             ["Stage", "Definition", "Output", "Unit", "Largest", "Mean", "99th pct.", "Affected"],
             rows,
             numeric=4,
@@ -192,7 +111,7 @@ def _stages(report: dict[str, Any]) -> str:
 
 def _attribution(report: dict[str, Any]) -> str:
     rows = [
-        _row(
+        row(
             escape(e["edit"]),
             [
                 inputs_changed(e),
@@ -219,14 +138,14 @@ def _attribution(report: dict[str, Any]) -> str:
         "edits applied one after the other as they stand in the pipeline; these changes add up to the whole. "
         "<b>Interaction</b>: the whole less the sum of the edits alone.</p>"
         f'<figure class="wide">{_image(pictures.attribution(report))}</figure>'
-        + _table(
+        + table(
             ["Edit", "Inputs changed", "Mean |Δp|", "Largest |Δp|", "Decisions", "Mean Δp", "Mean |Δp|", "Decisions"],
             rows,
             groups='<tr><td></td><th scope="colgroup" colspan="4">Alone</th><th scope="colgroup" colspan="3">In order</th></tr>',
             numeric=1,
             caption="Inputs changed: for how many recordings the network&rsquo;s input differs at all. Δp: change of the "
             "probability. Decisions: how many change with that step.",
-            foot=_row("all together", whole, numeric=1) + _row("interaction", rest, numeric=1),
+            foot=row("all together", whole, numeric=1) + row("interaction", rest, numeric=1),
         )
         + "".join(f'<p class="note">{escape(note)}.</p>' for note in cannot_run(report))
         + "</section>"
@@ -240,7 +159,7 @@ def _decisions(report: dict[str, Any]) -> str:
         names = {"auc": "AUC", "f1": "F1", "precision": "Precision", "recall": "Recall", "accuracy": "Accuracy"}
         sides = [report["metrics"][side] for side in ("reference", "candidate")]
         rows = [
-            _row(
+            row(
                 label,
                 [f"{m[name]:.4f}" for m in sides] + [probability(sides[1][name] - sides[0][name], sign=True)],
                 numeric=1,
@@ -248,7 +167,7 @@ def _decisions(report: dict[str, Any]) -> str:
             for name, label in names.items()
         ]
         head = ["Metric", "Reference", "Candidate", "Change"]
-        parts.append(_table(head, rows, numeric=1, caption=f"Against the labels{threshold_phrase(report)}"))
+        parts.append(table(head, rows, numeric=1, caption=f"Against the labels{threshold_phrase(report)}"))
     else:
         parts.append('<p class="note">No AUC or F1: they need labelled recordings of every class.</p>')
     if flips:
@@ -264,7 +183,7 @@ def _decisions(report: dict[str, Any]) -> str:
 
 def _recording_table(recordings: Iterable[dict[str, Any]], caption: str) -> str:
     rows = [
-        _row(
+        row(
             escape(r["name"]),
             [
                 escape(r["label"] or "-"),
@@ -277,7 +196,7 @@ def _recording_table(recordings: Iterable[dict[str, Any]], caption: str) -> str:
         for r in recordings
     ]
     head = ["Recording", "Label", "Decision", "Reference", "Candidate", "Change"]
-    return _table(head, rows, numeric=3, caption=caption)
+    return table(head, rows, numeric=3, caption=caption)
 
 
 def _examples(report: dict[str, Any], examples: Sequence[Example]) -> str:
@@ -293,7 +212,7 @@ def _example(report: dict[str, Any], example: Example, rank: int) -> str:
     entry = example.entry
     p = entry["probability"]
     flipped = entry["chosen"]["reference"] != entry["chosen"]["candidate"]
-    badge = _badge(f"decision changes: {decision_change(entry)}" if flipped else f"{decision_change(entry)} in both",
+    change = badge(f"decision changes: {decision_change(entry)}" if flipped else f"{decision_change(entry)} in both",
                    "flip" if flipped else "same")  # fmt: skip
     label = f"labelled {escape(entry['label'])}; " if entry["label"] else ""
     steps = [(change, report["edits"][k]["edit"]) for k, change in enumerate(entry["in_order"]) if change]
@@ -302,7 +221,7 @@ def _example(report: dict[str, Any], example: Example, rank: int) -> str:
         f"; most of it from “{escape(most[1])}” ({probability(most[0], sign=True)})" if most and len(steps) > 1 else ""
     )
     parts = [
-        f'<article aria-labelledby="worst-{rank}"><h3 id="worst-{rank}">{rank}. {escape(entry["name"])} {badge}</h3>'
+        f'<article aria-labelledby="worst-{rank}"><h3 id="worst-{rank}">{rank}. {escape(entry["name"])} {change}</h3>'
         f"<p>{label}probability <b class=reference>{p['reference']:.4f}</b> → <b class=candidate>{p['candidate']:.4f}</b> "
         f"({probability(entry['change'], sign=True)}){cause}.</p>"
     ]

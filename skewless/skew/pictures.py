@@ -16,17 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from skewless.html_page import PALETTE
 from skewless.skew.measure import Output
 
-# Name: (in light, in dark). Figures are drawn in the light colours, which the SVG then turns into CSS variables.
-PALETTE = {
-    "ink": ("#1c2127", "#e7eaee"),
-    "muted": ("#56606b", "#a3adb8"),
-    "grid": ("#d5dae0", "#3b444e"),
-    "reference": ("#0a62ad", "#62b2ff"),
-    "candidate": ("#bf4a04", "#ff9e5e"),
-    "flip": ("#b3261f", "#ff7d74"),
-}
 _LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 _STYLE: Any = {
     "svg.fonttype": "path",

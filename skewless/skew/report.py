@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from skewless.terminal import columns
+
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -48,7 +50,7 @@ def as_text(report: dict[str, Any]) -> str:
     parts = [
         f"Skew report: {report['reference']['file']} (reference) against {report['candidate']['file']} (candidate)",
         "\n".join(verdict(report)),
-        _columns(
+        columns(
             ["stage", "definition", "output", "max", "mean", "p99", "affected", "unit", "shape"],
             [
                 [stage_name(s), s["definition"], output(s), *difference(s), s["unit"], shapes(s)]
@@ -81,11 +83,11 @@ def as_text(report: dict[str, Any]) -> str:
             "mean |dp|",
             "flips",
         ]
-        parts += [_columns(head, rows), *cannot_run(report)]
+        parts += [columns(head, rows), *cannot_run(report)]
     if report["metrics"]:
         sides = [(side, report["metrics"][side]) for side in ("reference", "candidate")]
         names = ("auc", "f1", "precision", "recall", "accuracy")
-        parts.append(_columns(["", *names], [[side, *(f"{m[n]:.4f}" for n in names)] for side, m in sides]))
+        parts.append(columns(["", *names], [[side, *(f"{m[n]:.4f}" for n in names)] for side, m in sides]))
     ranked = most_changed(report, 5)
     if ranked and ranked[0]["change"]:
         rows = [
@@ -99,7 +101,7 @@ def as_text(report: dict[str, Any]) -> str:
             ]
             for r in ranked
         ]
-        parts.append(_columns(["largest changes", "label", "reference", "candidate", "change", "decision"], rows))
+        parts.append(columns(["largest changes", "label", "reference", "candidate", "change", "decision"], rows))
     if report["unreadable"]:
         parts.append("\n".join(["Left out:", *(f"  {u['name']}: {u['reason']}" for u in report["unreadable"])]))
     return "\n\n".join(parts)
@@ -116,20 +118,6 @@ def probability(value: float | None, *, sign: bool = False) -> str:
         return "-" if value is None else "0"
     plus = "+" if sign else ""
     return f"{value:{plus}.1e}" if 0 < abs(value) < 1e-3 else f"{value:{plus}.4f}"
-
-
-def _columns(head: list[str], rows: list[list[str]]) -> str:
-    """Plain-text table; the first column is flush left, and so are those with words in them."""
-    table = [head, *rows]
-    widths = [max(len(row[k]) for row in table) for k in range(len(head))]
-    left = [any(row[k][:1].isalpha() for row in rows) for k in range(len(head))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if k == 0 or left[k] else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    ]
-    return "\n".join(line.rstrip() for line in [lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
 def stage_name(stage: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from skewless.errors import ServerError
+from skewless.terminal import printable
 
 AUDIT = "audit.jsonl"  # in the state directory
 ACTOR = "SKEWLESS_ACTOR"
@@ -116,9 +117,5 @@ def as_text(entries: list[dict[str, Any]]) -> str:
         what = [entry.get(name) for name in ("time", "actor", "action", "model", "version")]
         shown = [str(part) for part in [*what, digest, entry.get("outcome")] if part]
         detail = f": {entry['detail']}" if entry.get("detail") else ""
-        lines.append(_printable("  ".join(shown) + detail))
+        lines.append(printable("  ".join(shown) + detail))
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
