@@ -192,7 +192,9 @@ class Search:
             if any(p.site.whole == parting.site.whole for p in following.partings()):
                 reason = "training's value in its place changes nothing"
                 continue
-            distance = distance_of(self._outcome(comparison.reference, scored=False), self._outcome(after, scored=False))
+            distance = distance_of(
+                self._outcome(comparison.reference, scored=False), self._outcome(after, scored=False)
+            )
             far = float("inf") if distance.relative is None else distance.relative
             if best is None or far < best[0] * 0.5:
                 best = (far, counterpart, {**plan, **new}, after)
@@ -246,7 +248,11 @@ class Search:
         """What to put into training's program, so that this one line computes what the candidate's does; empty where it has no such line."""
         plan: Plan = {}
         for n, event in enumerate(parting.events):
-            other = counterpart.events[n] if counterpart.events else comparison.reference_graph.maker(counterpart.instead[n])
+            other = (
+                counterpart.events[n]
+                if counterpart.events
+                else comparison.reference_graph.maker(counterpart.instead[n])
+            )
             array = comparison.candidate.arrays.get(event.outputs[0].digest)
             if other is None or array is None:
                 return {}
@@ -301,7 +307,10 @@ def _other_number(parting: Parting, comparison: Comparison) -> bool:
     """Whether a line gathers more or fewer parts than training's line does."""
     for counterpart in parting.counterparts[:1]:
         for event, instead in zip(parting.events, counterpart.instead, strict=True):
-            ours, theirs = comparison.candidate.values[event.outputs[0].digest].shape, comparison.reference.values[instead].shape
+            ours, theirs = (
+                comparison.candidate.values[event.outputs[0].digest].shape,
+                comparison.reference.values[instead].shape,
+            )
             if ours != theirs and ours[1:] == theirs[1:]:
                 return True
     return False
@@ -340,7 +349,11 @@ def _clearest(comparison: Comparison, parting: Parting, counterpart: Counterpart
 
 def versions_apart(reference: Mapping[str, str], candidate: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """(package, training's version, the candidate's) of the packages that both use in different versions."""
-    return [(name, reference[name], candidate[name]) for name in reference if candidate.get(name, reference[name]) != reference[name]]
+    return [
+        (name, reference[name], candidate[name])
+        for name in reference
+        if candidate.get(name, reference[name]) != reference[name]
+    ]
 
 
 def most_moved(causes: Sequence[Cause]) -> Cause | None:

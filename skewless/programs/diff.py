@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from skewless.errors import UsageError
 from skewless.programs.causes import Cause, Compared, Outcome, Plan, Score, Search, distance_of, versions_apart
 from skewless.programs.match import RTOL
 from skewless.programs.program import Side
 from skewless.programs.relation import describe
 from skewless.programs.trace import Call, Event, Site, Swallowed, Trace
 from skewless.programs.worker import ProgramError
-from skewless.errors import UsageError
 
-Key = tuple[Site, Site | None, str]
+# Of so few numbers, such as the coefficients of two filters, another shape says more than how they would fit each other.
+FEW = 64
 
 
 def diff(
@@ -82,7 +83,9 @@ def diff(
         "versions": {
             "reference": dict(compared[0].training.versions),
             "candidate": dict(compared[0].candidate.versions),
-            "apart": [list(each) for each in versions_apart(compared[0].training.versions, compared[0].candidate.versions)],
+            "apart": [
+                list(each) for each in versions_apart(compared[0].training.versions, compared[0].candidate.versions)
+            ],
         },
         "notes": {
             "reference": sorted({note for each in compared for note in each.training.notes}),
@@ -100,48 +103,39 @@ def diff(
 
 def _causes(compared: Sequence[Compared], rtol: float, threshold: float | None) -> list[dict[str, Any]]:
     """One entry for each line of the candidate and what training does there, in the order in which they were met."""
-    found: dict[Key, list[tuple[Compared, Cause]]] = defaultdict(list)
+    found: dict[tuple[str, int], list[tuple[Compared, Cause]]] = defaultdict(list)
     for each in compared:
         for cause in each.causes:
-            kind = cause.counterpart.kind if cause.counterpart else "unlike"
-            site = cause.counterpart.site if cause.counterpart else None
-            found[cause.parting.site, site, kind].append((each, cause))
-    ordered = sorted(found, key=lambda key: min(c.parting.events[0].number for _, c in found[key]))
-    return [_cause(key, found[key], rtol, threshold) for key in ordered]
+            found[cause.parting.site.whole].append((each, cause))
+    ordered = sorted(found.values(), key=lambda each: min(c.parting.events[0].number for _, c in each))
+    return [_cause(each, rtol, threshold) for each in ordered]
 
 
-def _cause(
-    key: Key, found: Sequence[tuple[Compared, Cause]], rtol: float, threshold: float | None
-) -> dict[str, Any]:
-    site, counterpart, kind = key
+def _cause(found: Sequence[tuple[Compared, Cause]], rtol: float, threshold: float | None) -> dict[str, Any]:
     _, clearest = max(found, key=lambda each: _how_far(each[1]))
+    site = clearest.parting.site
+    counterpart = clearest.counterpart.site if clearest.counterpart else None
     event, other = clearest.pair
     last, theirs = clearest.common
-    relation = None
-    if clearest.reference is not None and clearest.candidate is not None:
-        described = describe(clearest.reference, clearest.candidate, rtol=rtol)
-        relation = {
-            "kind": described.kind,
-            "text": described.text,
-            "numbers": described.numbers,
-            "largest": described.largest,
-            "relative": described.relative,
-        }
     return {
-        "kind": kind,
+        "kind": clearest.counterpart.kind if clearest.counterpart else "unlike",
         "place": _place(site),
         "operation": event.operation,
         "counterpart": _place(counterpart),
-        "counterpart_operation": other and other.operation,
-        "last_common": {"candidate": _place(last and last.site), "reference": _place(theirs and theirs.site)},
+        "counterpart_operation": other.operation if other else None,
+        "put_right_at": _place(clearest.put_at),
+        "last_common": {
+            "candidate": _place(last.site if last else None),
+            "reference": _place(theirs.site if theirs else None),
+        },
         "missing": [_place(e.site) for e in clearest.counterpart.missing] if clearest.counterpart else [],
         "value": {
             "candidate": _value(event),
             "reference": _value(other),
         },
-        "relation": relation,
+        "relation": _relation(clearest, rtol),
         "arguments": _arguments(event.call, other.call if other else None),
-        "files": len(found),
+        "files": len({each.file for each, _ in found}),
         "runs": max(len(c.parting.events) for _, c in found),
         "changed_unseen": any(c.parting.unknown for _, c in found),
         "stopped": next((c.stopped for _, c in found if c.stopped), ""),
@@ -152,13 +146,30 @@ def _cause(
     }
 
 
+def _relation(cause: Cause, rtol: float) -> dict[str, Any] | None:
+    """How the candidate's value differs from training's; None where one was not kept, or is a few numbers of another shape."""
+    a, b = cause.reference, cause.candidate
+    if a is None or b is None or (max(a.size, b.size) < FEW and np.squeeze(a).shape != np.squeeze(b).shape):
+        return None
+    described = describe(a, b, rtol=rtol)
+    return {
+        "kind": described.kind,
+        "text": described.text,
+        "numbers": described.numbers,
+        "largest": described.largest,
+        "relative": described.relative,
+    }
+
+
 def _how_far(cause: Cause) -> float:
     return (distance_of(cause.after, cause.before).largest or 0.0) if cause.after else 0.0
 
 
 def _effect(pairs: Sequence[tuple[Outcome | None, Outcome | None]], threshold: float | None) -> dict[str, Any] | None:
     """What the second of each pair is away from the first: the network's input, and its probability; None without a pair."""
-    known = [(a, b) for a, b in pairs if a is not None and b is not None and a.array is not None and b.array is not None]
+    known = [
+        (a, b) for a, b in pairs if a is not None and b is not None and a.array is not None and b.array is not None
+    ]
     refused = next((b.refused for _, b in pairs if b is not None and b.refused), "")
     if not known:
         return {"files": 0, "refused": refused} if refused else None
@@ -288,7 +299,13 @@ def _settings(reference: Trace, candidate: Trace) -> list[dict[str, str]]:
     """Names that both programs give a number, a flag or a text, and another one."""
     ours, theirs = _by_name(candidate), _by_name(reference)
     return [
-        {"name": name, "reference": theirs[name][1], "candidate": ours[name][1], "reference_place": theirs[name][0], "candidate_place": ours[name][0]}
+        {
+            "name": name,
+            "reference": theirs[name][1],
+            "candidate": ours[name][1],
+            "reference_place": theirs[name][0],
+            "candidate_place": ours[name][0],
+        }
         for name in theirs
         if name in ours and ours[name][1] != theirs[name][1]
     ]

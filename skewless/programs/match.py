@@ -53,7 +53,6 @@ class Graph:
                 waiting += new
         return [found[number] for number in sorted(found)]
 
-
     def line_inputs(self, event: Event) -> dict[str, None]:
         """What the event's statement was given from elsewhere on the way to this event."""
         found: dict[str, None] = {}
@@ -144,13 +143,19 @@ class Values:
         limit = self._rtol * max(other.largest, 1e-30)
         alike = all(
             abs(a - b) <= limit
-            for a, b in ((value.high, other.high), (value.low, other.low), (value.mean, other.mean), (value.rms, other.rms))
+            for a, b in (
+                (value.high, other.high),
+                (value.low, other.low),
+                (value.mean, other.mean),
+                (value.rms, other.rms),
+            )
         )
         if array is None or theirs is None or len(value.shape) > 5 or not alike:
             return False
         ours, theirs = canonical(array), canonical(theirs)
         return any(
-            ours.transpose(axes).shape == theirs.shape and largest_difference(theirs, ours.transpose(axes), limit) is not None
+            ours.transpose(axes).shape == theirs.shape
+            and largest_difference(theirs, ours.transpose(axes), limit) is not None
             for axes in itertools.permutations(range(ours.ndim))
         )
 
@@ -277,9 +282,7 @@ class Comparison:
         ends = {end.number: end for end in (self.graph.line_end(event, self._wrong) for event in events)}
         last = tuple(ends[number] for number in sorted(ends))
         common = [had for e in last for d in self.graph.line_inputs(e) if (had := self.had(d)) is not None]
-        return Parting(
-            events[0].site, last, tuple(self._counterparts(last)), tuple(dict.fromkeys(common)), unknown
-        )
+        return Parting(events[0].site, last, tuple(self._counterparts(last)), tuple(dict.fromkeys(common)), unknown)
 
     def upstream(self, parting: Parting, but: Collection[tuple[str, int]]) -> list[Parting]:
         """Lines before a parting whose results the reference never has, though what was made of them it has, such as a shorter
@@ -288,7 +291,9 @@ class Comparison:
         for event in self.graph.leading_to([i for e in parting.events for i in e.inputs]):
             if event.site.whole in but or event.site.whole == parting.site.whole:
                 continue
-            if any(self._wrong(o.digest) for o in event.outputs) and not any(self._wrong(i.digest) for i in event.inputs):
+            if any(self._wrong(o.digest) for o in event.outputs) and not any(
+                self._wrong(i.digest) for i in event.inputs
+            ):
                 first[event.site.whole][event.number] = event
         found = [self.parting(tuple(events.values())) for events in first.values()]
         return sorted(found, key=lambda each: each.events[0].number)
@@ -303,10 +308,12 @@ class Comparison:
             inputs = self.reference_graph.line_inputs(missing)
             for event in self.candidate.events:
                 same = event.operation == missing.operation and event.number < parting.events[0].number
-                if same and {self.had(d) for d in self.graph.line_inputs(event)} == set(inputs) and inputs:
-                    if all(self.had(o.digest) != m.digest for o, m in zip(event.outputs, missing.outputs, strict=False)):
-                        found.append(self.parting((event,)))
-                        break
+                if not same or not inputs or {self.had(d) for d in self.graph.line_inputs(event)} != set(inputs):
+                    continue
+                pairs = zip(event.outputs, missing.outputs, strict=False)
+                if all(self.had(ours.digest) != theirs.digest for ours, theirs in pairs):
+                    found.append(self.parting((event,)))
+                    break
         return found
 
     def downstream(self, parting: Parting) -> list[Parting]:
@@ -364,13 +371,19 @@ class Comparison:
     def _value_likeness(ours: Value, theirs: Value) -> float:
         if ours.shape != theirs.shape:
             same_rank = len(ours.shape) == len(theirs.shape)
-            return 1.0 if same_rank and sum(a != b for a, b in zip(ours.shape, theirs.shape, strict=True)) == 1 else -2.0
+            return (
+                1.0 if same_rank and sum(a != b for a, b in zip(ours.shape, theirs.shape, strict=True)) == 1 else -2.0
+            )
         if ours.size == 1:
             near = abs(ours.sample[0] - theirs.sample[0]) / max(abs(ours.sample[0]), abs(theirs.sample[0]), 1e-30)
             return float(1 + 3 * max(0.0, 1 - near))
         with np.errstate(invalid="ignore", divide="ignore"):
             spread = float(np.std(ours.sample) * np.std(theirs.sample))
-            related = float(np.mean((ours.sample - ours.mean) * (theirs.sample - theirs.mean))) / spread if spread > 0 else 0.0
+            related = (
+                float(np.mean((ours.sample - ours.mean) * (theirs.sample - theirs.mean))) / spread
+                if spread > 0
+                else 0.0
+            )
         return 2 + 3 * (min(1.0, abs(related)) if np.isfinite(related) else 0.0)
 
     def _paired(self, site: Site, events: tuple[Event, ...], others: list[Event]) -> Counterpart | None:
@@ -413,9 +426,13 @@ class Comparison:
                 nexts = {e.operation for e in self.graph.used[event.outputs[0].digest]} - {event.operation}
                 theirs = [o for o in self.reference_graph.used[had] if o.operation in nexts]
                 if theirs and all(self.has(o.digest) is None for e in theirs for o in e.outputs):
-                    score = 6.0 + self._value_likeness(
-                        self.candidate.values[event.outputs[0].digest], self.reference.values[had]
-                    ) / 2
+                    score = (
+                        6.0
+                        + self._value_likeness(
+                            self.candidate.values[event.outputs[0].digest], self.reference.values[had]
+                        )
+                        / 2
+                    )
                     best = max(best or (score, had), (score, had))
             if best is None:
                 return None

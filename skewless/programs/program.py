@@ -95,7 +95,9 @@ class Recorded:
 
     def run(self, file: Path, substitutes: Substitutes | None = None, *, plain: bool = False) -> Trace:
         if file.name != self._trace.file:
-            raise ProgramError(f"{self.name} was recorded on {self._trace.file}, not on {file.name}; trace that file as well")
+            raise ProgramError(
+                f"{self.name} was recorded on {self._trace.file}, not on {file.name}; trace that file as well"
+            )
         if substitutes:
             raise ProgramError(f"{self.name} is a recorded trace: it cannot be run again with another value")
         return self._trace

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -98,8 +99,7 @@ class Recorder:
     """The hooks of one run.
 
     sites: what the numbers in the hooks mean. own: whether a module, by its name, is the user's. substitutes: what to put in place of a
-    result, by site, how often it ran before, and path in the result. keep: digests of the arrays to keep whole; None keeps all, up to
-    `memory` bytes.
+    result, by site, how often it ran before, and path in the result. memory: arrays are kept whole up to so many bytes together. file: the path of the input, which calls are not told apart by.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class Recorder:
         own: Callable[[str], bool],
         substitutes: Substitutes | None = None,
         memory: int = 256 * MIB,
+        file: str = "",
     ):
+        self._file = file
         self._sites, self._own, self._substitutes, self._memory = sites, own, substitutes or {}, memory
         self._pending: dict[tuple[int, int], _Pending] = {}
         self._stores: dict[tuple[int, int], tuple[Any, list[Item]]] = {}
@@ -140,7 +142,11 @@ class Recorder:
             for (site, kind, message), count in self._caught.items()
             if count > 0
         )
-        over = [f"{self._sites[s]} ran {n:,} times; the first {MOST_RUNS:,} are recorded" for s, n in self._runs.items() if n > MOST_RUNS]
+        over = [
+            f"{self._sites[s]} ran {n:,} times; the first {MOST_RUNS:,} are recorded"
+            for s, n in self._runs.items()
+            if n > MOST_RUNS
+        ]
         versions = {e.call.package: e.call.version for e in self.events if e.call and e.call.version}
         return Trace(
             program,
@@ -236,7 +242,9 @@ class Recorder:
                     self._event(site, name, inputs, outputs, thing, call, in_place=True)
         if owner is not None and self._is_library_object(owner):
             held = list(state(owner))
-            if held and [measure(f.array).digest for f in held] != [i.digest for i in self._states.get(id(owner), (None, []))[1]]:
+            if held and [measure(f.array).digest for f in held] != [
+                i.digest for i in self._states.get(id(owner), (None, []))[1]
+            ]:
                 self._event(site, name, pending.items, held, owner, call, in_place=True)
                 self._states[id(owner)] = (owner, [self._item(f) for f in state(owner)])
 
@@ -414,13 +422,20 @@ class Recorder:
                 self._memory -= found.array.nbytes
                 self.arrays[value.digest] = np.array(found.array)
             else:
-                self._note(f"more arrays than fit into memory: some are compared by {len(value.sample)} of their numbers only")
+                self._note(
+                    f"more arrays than fit into memory: some are compared by {len(value.sample)} of their numbers only"
+                )
         dtype = str(getattr(found.holder, "dtype", found.array.dtype)).removeprefix("torch.")
         shape = tuple(found.array.shape)
         return Item(value.digest, found.path, found.kind, shape, dtype)
 
     def _state(self, thing: Any) -> list[Item]:
         return self._states.get(id(thing), (None, []))[1]
+
+    def _shown(self, value: Any) -> str:
+        if isinstance(value, str | PurePath) and self._file and str(value) == self._file:
+            return "<the file>"
+        return _text(value)
 
     def _note(self, text: str) -> None:
         self._notes[text] = None
@@ -452,12 +467,12 @@ class Recorder:
         if package == "builtins":
             return None
         names, values = _bound(function, pending.args, pending.keywords)
-        return Call(name, {n: _text(v) for n, v in values.items()}, tuple(names), package, _version(package))
+        return Call(name, {n: self._shown(v) for n, v in values.items()}, tuple(names), package, _version(package))
 
 
 def _written_into(container: Any, array: np.ndarray) -> Any:
     known = array_of(container)
-    if known is None or known[1].shape != array.shape and np.squeeze(known[1]).shape != np.squeeze(array).shape:
+    if known is None or (known[1].shape != array.shape and np.squeeze(known[1]).shape != np.squeeze(array).shape):
         raise ValueError("an array that is changed in place keeps its shape")
     array = array.reshape(known[1].shape)
     if known[0] == "torch":
@@ -538,11 +553,11 @@ def _text(value: Any) -> str:
     if value is None or type(value) in (bool, int, float, complex, str, bytes, slice):
         text = repr(value)
         return text if len(text) <= 120 else text[:117] + "..."
-    if type(value) in (list, tuple, set, dict) and len(value) <= 16:
+    if isinstance(value, list | tuple | set | dict) and type(value) in _CONTAINERS and len(value) <= 16:
         if isinstance(value, dict):
             return "{" + ", ".join(f"{_text(k)}: {_text(v)}" for k, v in value.items()) + "}"
-        inner = ", ".join(map(_text, value))
-        return {list: f"[{inner}]", tuple: f"({inner})"}.get(type(value), f"{{{inner}}}")
+        opening, closing = {list: ("[", "]"), tuple: ("(", ")")}.get(type(value), ("{", "}"))
+        return opening + ", ".join(map(_text, value)) + closing
     if type(value).__module__.partition(".")[0] in _SHOWN:
         return str(value)
     return f"<{type(value).__qualname__}>"

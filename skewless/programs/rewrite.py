@@ -44,7 +44,9 @@ class Rewriter(ast.NodeTransformer):
             text = ast.get_source_segment(self._source, node) or ""
         text = " ".join(text.split())
         text = text if len(text) <= _TEXT else text[: _TEXT - 3] + "..."
-        self._sites.append(Site(self._file, node.lineno, node.col_offset, text, ".".join(self._inside), self._statement_line))
+        self._sites.append(
+            Site(self._file, node.lineno, node.col_offset, text, ".".join(self._inside), self._statement_line)
+        )
         return ast.Constant(len(self._sites) - 1)
 
     @staticmethod

@@ -15,6 +15,8 @@ from skewless.programs.trace import Value
 # Lists and tuples of at least so many numbers are arrays; shorter ones are settings, such as a size or a mean of three channels.
 LIST_FROM = 16
 SAMPLE = 256
+# A view that shows every number more often than this, such as all windows of a recording, is told by the numbers that it shows.
+MOST_REPEATED = 8
 # How far into containers arrays are looked for, and how many of one container are recorded.
 DEPTH = 4
 MOST_ITEMS = 4096
@@ -87,12 +89,15 @@ def _unordered(flat: np.ndarray) -> int:
 def array_of(value: Any) -> tuple[str, np.ndarray] | None:
     """(kind, numbers) of an array-like value, None for anything else. A tensor's numbers are those it has now, not a view."""
     if isinstance(value, np.ndarray):
-        return ("numpy", np.asarray(value)) if value.dtype.kind in "biufc" and value.size else None
+        return ("numpy", np.asarray(_repeated_once(value))) if value.dtype.kind in "biufc" and value.size else None
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         if not value.numel() or value.is_quantized or value.layout != torch.strided or value.device.type == "meta":
             return None
-        tensor = value.detach().cpu().resolve_conj().resolve_neg()
+        tensor = value.detach()
+        if value.numel() > MOST_REPEATED * (held := value.untyped_storage().nbytes() // value.element_size()) > 0:
+            tensor = tensor.as_strided((held,), (1,), 0)
+        tensor = tensor.cpu().resolve_conj().resolve_neg()
         return "torch", (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     pillow = sys.modules.get("PIL.Image")
     if pillow is not None and isinstance(value, pillow.Image):
@@ -104,6 +109,15 @@ def array_of(value: Any) -> tuple[str, np.ndarray] | None:
         same = all(isinstance(row, list | tuple) and len(row) == len(value[0]) for row in value)
         return ("list", np.asarray(value)) if same and all(_number(x) for row in value for x in row) else None
     return None
+
+
+def _repeated_once(array: np.ndarray) -> np.ndarray:
+    base = array.base
+    if isinstance(base, np.ndarray) and array.size > MOST_REPEATED * base.size:
+        return base
+    # What numpy's sliding windows are views of is an object that tells where the numbers are.
+    base = getattr(base, "base", None)
+    return base if isinstance(base, np.ndarray) and array.size > MOST_REPEATED * base.size else array
 
 
 def _number(value: Any) -> bool:

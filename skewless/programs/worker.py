@@ -125,7 +125,7 @@ class Program(importlib.abc.MetaPathFinder):
         """Load the program afresh, so that each run starts as the first one did, and call the function with the file."""
         self._rewriting = not run.plain
         self._forget()
-        recorder = Recorder(self._sites, self._is_own_module, run.substitutes, run.memory)
+        recorder = Recorder(self._sites, self._is_own_module, run.substitutes, run.memory, str(run.file))
         setattr(builtins, HOOKS, recorder)
         _seed()
         function = self._load()
@@ -167,12 +167,18 @@ class Program(importlib.abc.MetaPathFinder):
                     ) from error
         function = self._attribute(found, last)
         if not callable(function):
-            raise ProgramError(f"{self.function.name} in {self.function.module} is a {type(function).__name__}, no function")
+            raise ProgramError(
+                f"{self.function.name} in {self.function.module} is a {type(function).__name__}, no function"
+            )
         return function
 
     def _attribute(self, holder: Any, name: str) -> Any:
         if not hasattr(holder, name):
-            known = [n for n, v in vars(holder).items() if callable(v) and not n.startswith("_")] if hasattr(holder, "__dict__") else []
+            known = (
+                [n for n, v in vars(holder).items() if callable(v) and not n.startswith("_")]
+                if hasattr(holder, "__dict__")
+                else []
+            )
             raise ProgramError(
                 f"{self.function.module} has no {self.function.name}; it has {', '.join(sorted(known)) or 'no functions'}"
             )
@@ -193,7 +199,9 @@ def _argument(function: Any, file: Path) -> Any:
     wanted: Any = None
     try:
         parameters = [
-            p for p in inspect.signature(function).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
+            p
+            for p in inspect.signature(function).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
         ]
         hints = typing.get_type_hints(inspect.unwrap(function))
         wanted = hints.get(parameters[0].name) if parameters else None
@@ -219,7 +227,6 @@ def _seed() -> None:
 def _told(error: BaseException, program: Program) -> str:
     """The error with the user's own line at which it came."""
     own = [f for f in traceback.extract_tb(error.__traceback__) if program._is_own(Path(f.filename))]
-    if os.environ.get("DBG"): traceback.print_exception(error)
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line})" if own else ""
     return f"{type(error).__name__}: {error}{where}"
 
