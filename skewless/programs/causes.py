@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,8 @@ class Search:
 
     def __init__(self, reference: Side, candidate: Side, *, rtol: float = RTOL, score: Score | None = None):
         self._reference, self._candidate, self._rtol, self._score = reference, candidate, rtol, score
+        self._partial: set[Place] = set()
+        self._left_out: set[Place] = set()
 
     def compare(self, name: str, reference: Trace, candidate: Trace, run: Callable[[Side, Plan], Trace]) -> Compared:
         """Compare two first runs on a file; `run` repeats one with values put in place. Raises ProgramError as it does."""
@@ -103,6 +106,8 @@ class Search:
         plan: Plan = {}
         causes: list[Cause] = []
         left: set[tuple[str, int]] = set()
+        # Where the candidate's own parts were kept: what leads there still matters.
+        self._partial, self._left_out = set(), set()
         stopped = ""
         while not comparison.outputs_same():
             if len(causes) == MOST_CAUSES:
@@ -129,7 +134,9 @@ class Search:
                     cause = self._together(causes.pop(), cause, run)
                 causes.append(cause)
             plan, before = new, outcome
-            comparison = Comparison(reference, after, self._rtol)
+            if parting.site.whole in left:
+                self._partial |= plan.keys() - comparison.put
+            comparison = Comparison(reference, after, self._rtol, plan.keys() - self._partial, self._left_out)
         return Compared(
             name, reference, candidate, target, first, tuple(causes), first_same, comparison.outputs_same(), stopped
         )
@@ -151,31 +158,48 @@ class Search:
         if _other_number(parting, comparison):
             for earlier in comparison.upstream(parting, left):
                 fixed = self._fix(earlier, comparison, plan, run)
-                if not isinstance(fixed, str) and not self._still(parting, comparison, fixed[2]):
+                if not isinstance(fixed, str) and not _parts_at(self._following(comparison, fixed), parting):
                     return earlier, earlier, *fixed
         fixed = reason = self._fix(parting, comparison, plan, run)
         if not isinstance(fixed, str):
             for earlier in comparison.weaker(parting) if fixed[0].kind == "missing" else ():
                 better = self._fix(earlier, comparison, plan, run)
-                if not isinstance(better, str) and not self._still(parting, comparison, better[2]):
+                if not isinstance(better, str) and not _parts_at(self._following(comparison, better), parting):
                     return earlier, earlier, *better
             return parting, parting, *fixed
-        for later in comparison.downstream(parting):
+        later_lines = comparison.downstream(parting)
+        for later in later_lines:
+            for new in _same_number(later, comparison):
+                after = self._tried(run, {**plan, **new})
+                if after is not None and self._far(comparison.reference, after) < float("inf"):
+                    # The candidate's own parts are kept, so that whatever else is wrong with them is still found.
+                    left.add(parting.site.whole)
+                    end = later.events[0].number
+                    between = [e for e in comparison.graph.behind(parting.events) if e.number < end]
+                    self._left_out |= {(e.site, e.occurrence) for e in (*parting.events, *between)}
+                    return parting, later, later.counterparts[0], {**plan, **new}, after
+        for later in later_lines:
             fixed = self._fix(later, comparison, plan, run)
             if not isinstance(fixed, str):
                 return parting, later, *fixed
         return reason if isinstance(reason, str) else ""
 
-    def _still(self, parting: Parting, comparison: Comparison, after: Trace) -> bool:
-        following = Comparison(comparison.reference, after, self._rtol)
-        return any(p.site.whole == parting.site.whole for p in following.partings())
+    def _tried(self, run: Callable[[Side, Plan], Trace], plan: Plan) -> Trace | None:
+        try:
+            return run(self._candidate, plan)
+        except ProgramError:
+            # Then the whole of training's value is tried.
+            return None
+
+    def _following(self, comparison: Comparison, fixed: tuple[Counterpart, Plan, Trace]) -> Comparison:
+        return Comparison(comparison.reference, fixed[2], self._rtol, fixed[1].keys() - self._partial, self._left_out)
 
     def _fix(
         self, parting: Parting, comparison: Comparison, plan: Plan, run: Callable[[Side, Plan], Trace]
     ) -> tuple[Counterpart, Plan, Trace] | str:
         """Put training's value in place of the line's, trying what training may do there from the most likely on."""
         reason = "training computes nothing like it"
-        best: tuple[float, Counterpart, Plan, Trace] | None = None
+        best: tuple[tuple[Any, ...], Counterpart, Plan, Trace] | None = None
         for counterpart in parting.counterparts:
             new = _substitutes(parting, counterpart, comparison)
             if new is None:
@@ -186,19 +210,25 @@ class Search:
             except ProgramError as error:
                 reason = f"training's value cannot be put in its place: {error}"
                 continue
-            following = Comparison(comparison.reference, after, self._rtol)
-            if following.outputs_same():
-                return counterpart, {**plan, **new}, after
-            if any(p.site.whole == parting.site.whole for p in following.partings()):
+            following = Comparison(
+                comparison.reference, after, self._rtol, {**plan, **new}.keys() - self._partial, self._left_out
+            )
+            same = following.outputs_same()
+            if not same and _parts_at(following, parting):
                 reason = "training's value in its place changes nothing"
                 continue
-            distance = distance_of(
-                self._outcome(comparison.reference, scored=False), self._outcome(after, scored=False)
-            )
-            far = float("inf") if distance.relative is None else distance.relative
-            if best is None or far < best[0] * 0.5:
-                best = (far, counterpart, {**plan, **new}, after)
+            # One difference may hide another, so a value that is right need not bring the results together. One that takes them
+            # much further apart is likely to be another line's.
+            far = 0.0 if same else self._far(comparison.reference, after)
+            near = far <= 2 * self._far(comparison.reference, comparison.candidate)
+            rank = (not near, len(counterpart.missing), far if not near else not same)
+            if best is None or rank < best[0]:
+                best = (rank, counterpart, {**plan, **new}, after)
         return best[1:] if best else reason
+
+    def _far(self, reference: Trace, candidate: Trace) -> float:
+        distance = distance_of(self._outcome(reference, scored=False), self._outcome(candidate, scored=False))
+        return float("inf") if distance.relative is None or distance.rows else distance.relative
 
     def _cause(
         self,
@@ -257,7 +287,8 @@ class Search:
             if other is None or array is None:
                 return {}
             path = next((o.path for o in other.outputs if o.digest == counterpart.instead[n]), other.outputs[0].path)
-            plan[other.site, other.occurrence] = {path: array}
+            for twin in comparison.reference_graph.twins(other):
+                plan[twin.site, twin.occurrence] = {path: array}
         return plan
 
     def _run_alone(self, plan: Plan, run: Callable[[Side, Plan], Trace]) -> Outcome:
@@ -316,6 +347,37 @@ def _other_number(parting: Parting, comparison: Comparison) -> bool:
     return False
 
 
+def _same_number(parting: Parting, comparison: Comparison) -> list[Plan]:
+    """Ways to give a line that gathers parts as many as training has: its own as far as both have them, and training's for the rest."""
+    found = []
+    for counterpart in parting.counterparts:
+        plan: Plan = {}
+        for event, instead in zip(parting.events, counterpart.instead, strict=True):
+            ours = comparison.candidate.arrays.get(event.outputs[0].digest)
+            theirs = comparison.reference.arrays.get(instead)
+            if ours is None or theirs is None:
+                break
+            ours, theirs = ours.reshape(event.outputs[0].shape), canonical(theirs)
+            axis = next((at for at, length in enumerate(ours.shape) if length > 1), 0)
+            shape = np.squeeze(ours).shape
+            if shape[1:] != theirs.shape[1:] or shape[:1] == theirs.shape[:1] or not shape:
+                break
+            rest = theirs[shape[0] :]
+            rest = rest.reshape(*ours.shape[:axis], rest.shape[0], *ours.shape[axis + 1 :]).astype(ours.dtype)
+            kept = ours.take(range(min(shape[0], theirs.shape[0])), axis)
+            plan[event.site, event.occurrence] = {event.outputs[0].path: np.concatenate([kept, rest], axis)}
+        else:
+            found.append(plan)
+    return found
+
+
+def _parts_at(comparison: Comparison, parting: Parting) -> bool:
+    """Whether the programs still part at a line, with another value than one that was put there: behind that, training may do more."""
+    return any(
+        p.site.whole == parting.site.whole and not all(map(comparison.is_put, p.events)) for p in comparison.partings()
+    )
+
+
 def _unmoved(before: Outcome, after: Outcome) -> bool:
     if before.array is None or after.array is None:
         return False
@@ -331,7 +393,8 @@ def _substitutes(parting: Parting, counterpart: Counterpart, comparison: Compari
         arrays = {path: comparison.reference.arrays.get(digest) for path, digest in digests}
         if any(array is None for array in arrays.values()):
             return None
-        plan[event.site, event.occurrence] = {path: array for path, array in arrays.items() if array is not None}
+        for twin in comparison.graph.twins(event):
+            plan[twin.site, twin.occurrence] = {path: array for path, array in arrays.items() if array is not None}
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from skewless.programs.relation import describe
 from skewless.programs.trace import Call, Event, Site, Swallowed, Trace
 from skewless.programs.worker import ProgramError
 
+_ARRAY = re.compile(r"<[^<>]*>")
+# Their arguments say how numbers are laid out, which another layout at the next line takes back.
+_LAYOUT = {"view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "expand", "expand_dims", "flatten"}
 # Of so few numbers, such as the coefficients of two filters, another shape says more than how they would fit each other.
 FEW = 64
 
@@ -119,7 +123,7 @@ def _cause(found: Sequence[tuple[Compared, Cause]], rtol: float, threshold: floa
     last, theirs = clearest.common
     return {
         "kind": clearest.counterpart.kind if clearest.counterpart else "unlike",
-        "place": _place(site),
+        "place": {**(_place(site) or {}), "text": event.site.text if event.site.whole == site.whole else site.text},
         "operation": event.operation,
         "counterpart": _place(counterpart),
         "counterpart_operation": other.operation if other else None,
@@ -217,9 +221,15 @@ def _arguments(ours: Call | None, theirs: Call | None) -> list[dict[str, Any]]:
             "given": {"reference": name in theirs.given, "candidate": name in ours.given},
         }
         for name in names
-        if (a := theirs.arguments.get(name)) != (b := ours.arguments.get(name))
-        and not ((a or "").startswith("<") and (b or "").startswith("<"))
+        if _apart(theirs.arguments.get(name), ours.arguments.get(name))
     ]
+
+
+def _apart(ours: str | None, theirs: str | None) -> bool:
+    """Whether two arguments differ. Arrays are values, and compared elsewhere."""
+    if (ours or "").startswith("<") or (theirs or "").startswith("<"):
+        return False
+    return _ARRAY.sub("<>", ours or "") != _ARRAY.sub("<>", theirs or "") or (ours is None) != (theirs is None)
 
 
 # --- the programs beside each other
@@ -255,6 +265,8 @@ def _calls(compared: Sequence[Compared]) -> list[dict[str, Any]]:
         ours, theirs = _by_function(each.candidate), _by_function(each.training)
         for function in theirs:
             for (site, call), (at, other) in zip(theirs[function], ours.get(function, []), strict=False):
+                if _ranks(call) != _ranks(other):
+                    continue
                 for one in _arguments(other, call):
                     key = (function, one["argument"], one["reference"], one["candidate"])
                     found.setdefault(
@@ -263,11 +275,16 @@ def _calls(compared: Sequence[Compared]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def _ranks(call: Call) -> list[int]:
+    """The numbers of axes of the arrays that a call is given: a padding of pictures is no padding of a recording."""
+    return [found.count(",") for text in call.arguments.values() for found in _ARRAY.findall(text)]
+
+
 def _by_function(trace: Trace) -> dict[str, list[tuple[Site, Call]]]:
     """Each function's calls, once for each line."""
     found: dict[str, dict[Site, Call]] = defaultdict(dict)
     for event in trace.events:
-        if event.call is not None:
+        if event.call is not None and event.call.function.rpartition(".")[2] not in _LAYOUT:
             found[event.call.function].setdefault(event.site, event.call)
     return {function: list(calls.items()) for function, calls in found.items()}
 

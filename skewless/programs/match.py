@@ -16,6 +16,8 @@ from skewless.programs.values import canonical
 
 # Of a number of float32's rounding steps in a row; half precision is at 5e-4, a standard deviation over n for n - 1 at 1 / 2n.
 RTOL = 1e-5
+# From this likeness on (Comparison._likeness) a line of training is tried; whether it is the one is found out by putting its value in place.
+LIKELY = 3.4
 # How many runs of one line are looked at to find the line of the other program that does the same.
 _LOOKED_AT = 8
 
@@ -52,6 +54,11 @@ class Graph:
                 seen |= new
                 waiting += new
         return [found[number] for number in sorted(found)]
+
+    def twins(self, event: Event) -> list[Event]:
+        """The runs of the same line that gave the same: a window that is made anew for each segment."""
+        outputs = [o.digest for o in event.outputs]
+        return [e for e in self.trace.events if e.site == event.site and [o.digest for o in e.outputs] == outputs]
 
     def line_inputs(self, event: Event) -> dict[str, None]:
         """What the event's statement was given from elsewhere on the way to this event."""
@@ -204,9 +211,18 @@ class Parting:
 
 
 class Comparison:
-    """Two traces side by side. rtol: values closer than this share of the largest number are the same."""
+    """Two traces side by side. rtol: values closer than this share of the largest number are the same. put: where the candidate's run
+    had a value of the reference put in place, so that it does not matter what led there. but: places that are not looked at any more."""
 
-    def __init__(self, reference: Trace, candidate: Trace, rtol: float = RTOL):
+    def __init__(
+        self,
+        reference: Trace,
+        candidate: Trace,
+        rtol: float = RTOL,
+        put: Collection[tuple[Site, int]] = (),
+        but: Collection[tuple[Site, int]] = (),
+    ):
+        self.put, self._but = frozenset(put), frozenset(but)
         self.reference, self.candidate, self.rtol = reference, candidate, rtol
         self._theirs, self._ours = Values(reference, rtol), Values(candidate, rtol)
         self.graph, self.reference_graph = Graph(candidate), Graph(reference)
@@ -262,17 +278,21 @@ class Comparison:
             event = self.graph.maker(digest)
             if event is None:
                 continue
-            new = [i.digest for i in event.inputs if self._wrong(i.digest)]
-            made = [d for d in new if self.graph.maker(d) not in (None, event)]
-            waiting += made
-            if not made and event.site.whole not in but:
+            new = [] if self.is_put(event) else [i.digest for i in event.inputs if self._wrong(i.digest)]
+            made = {d: maker for d in new if (maker := self.graph.maker(d)) not in (None, event)}
+            followed = [d for d, maker in made.items() if (maker.site, maker.occurrence) not in self._but]
+            waiting += followed
+            if not followed and event.site.whole not in but:
                 first[event.site.whole][event.number] = event
-                if new:
+                if len(made) < len(set(new)):
                     unknown.add(event.site.whole)
         found = [
             self.parting(tuple(events[n] for n in sorted(events)), whole in unknown) for whole, events in first.items()
         ]
         return sorted(found, key=lambda parting: parting.events[0].number)
+
+    def is_put(self, event: Event) -> bool:
+        return (event.site, event.occurrence) in self.put
 
     def _wrong(self, digest: str) -> bool:
         return self.had(digest) is None
@@ -318,10 +338,12 @@ class Comparison:
 
     def downstream(self, parting: Parting) -> list[Parting]:
         """The lines that compute on with a parting's results, in order, and lead to what is returned."""
-        leading = {e.number for e in self.graph.leading_to(self.candidate.outputs)}
+        leading = self.graph.leading_to(self.candidate.outputs)
+        # Also what only hands a value on, such as `np.array(picture)`: training's numbers may fit there and not before.
+        needed = {i.digest for e in leading for i in e.inputs} | {item.digest for item in self.candidate.outputs}
         first: dict[tuple[str, int], dict[int, Event]] = defaultdict(dict)
         for event in self.graph.behind(parting.events):
-            if event.number in leading and any(self._wrong(o.digest) for o in event.outputs):
+            if any(o.digest in needed and self._wrong(o.digest) for o in event.outputs):
                 first[event.site.whole][event.number] = event
         found = [self.parting(tuple(events.values())) for events in first.values()]
         return sorted(found, key=lambda each: each.events[0].number)
@@ -339,11 +361,25 @@ class Comparison:
                 continue
             best = [max(self._likeness(e, o) for o in others[: 4 * _LOOKED_AT]) for e in looked_at]
             score = sum(best) / len(best)
-            if score >= 4 and (counterpart := self._paired(site, events, others)) is not None:
-                scores.append((score, counterpart))
+            if score >= LIKELY and (counterpart := self._paired(site, events, others)) is not None:
+                # The nearest line of training explains least at once, and leaves the next difference to be found.
+                scores.append((score - min(len(counterpart.missing), 5), counterpart))
         if (extra := self._extra(events)) is not None:
             scores.append(extra)
-        return [counterpart for _, counterpart in sorted(scores, key=lambda s: -s[0])[:5]]
+        found = [counterpart for _, counterpart in sorted(scores, key=lambda s: -s[0])[:5]]
+        # The line that makes a result has that of training for its counterpart, however little they are alike.
+        ours = [item.digest for item in self.candidate.outputs]
+        if (
+            len(events) == 1
+            and (made := events[0].outputs[0].digest) in ours
+            and ours.index(made) < len(self.reference.outputs)
+        ):
+            theirs = self.reference.outputs[ours.index(made)].digest
+            maker = self.reference_graph.maker(theirs)
+            if maker is not None and all(theirs not in c.instead for c in found):
+                missing = self._missing(maker)
+                found.append(Counterpart("missing" if missing else "other", maker.site, (maker,), (theirs,), missing))
+        return found
 
     @functools.cache  # noqa: B019 - a comparison lives as long as one search
     def _unmatched(self) -> list[Event]:
@@ -362,6 +398,9 @@ class Comparison:
             score += 2
         if event.operation == other.operation:
             score += 3
+        elif event.operation.rpartition(".")[2] == other.operation.rpartition(".")[2]:
+            # numpy.stack for torch.stack
+            score += 2.5
         best = 0.0
         for a, b in zip(event.outputs, other.outputs, strict=False):
             best = max(best, self._value_likeness(self.candidate.values[a.digest], self.reference.values[b.digest]))
@@ -384,6 +423,10 @@ class Comparison:
                 if spread > 0
                 else 0.0
             )
+        # The same numbers in another order, such as blue first, have the same statistics.
+        pairs = ((ours.low, theirs.low), (ours.high, theirs.high), (ours.mean, theirs.mean), (ours.rms, theirs.rms))
+        if all(abs(a - b) <= 1e-3 * max(ours.largest, 1e-30) for a, b in pairs):
+            related = 1.0
         return 2 + 3 * (min(1.0, abs(related)) if np.isfinite(related) else 0.0)
 
     def _paired(self, site: Site, events: tuple[Event, ...], others: list[Event]) -> Counterpart | None:
@@ -401,7 +444,7 @@ class Comparison:
 
     def _missing(self, event: Event) -> tuple[Event, ...]:
         """What the reference has done before the event that the candidate never has."""
-        found: dict[Site, Event] = {}
+        found: dict[tuple[str, int], Event] = {}
         waiting = [i.digest for i in event.inputs]
         seen: set[str] = set()
         while waiting:
@@ -410,7 +453,8 @@ class Comparison:
                 continue
             seen.add(digest)
             if (maker := self.reference_graph.maker(digest)) is not None and maker is not event:
-                found.setdefault(maker.site, maker)
+                if maker.site.whole != event.site.whole:
+                    found[maker.site.whole] = max(maker, found.get(maker.site.whole, maker), key=lambda e: e.number)
                 waiting += [i.digest for i in maker.inputs]
         return tuple(sorted(found.values(), key=lambda e: e.number))
 

@@ -276,6 +276,16 @@ class Recorder:
         inputs = [*self._items(left), *self._items(right)]
         return self._done(site, f"{_OPERATORS[name][0]}=", inputs, _IN_PLACE[name](left, right))
 
+    def inplace_part(self, site: int, name: str, part: Any, value: Any, container: Any) -> Any:
+        """`container[...] += value`: the part may be a view, and the container changed before anything is stored into it."""
+        if self.looking or self._runs[site] > MOST_RUNS:
+            return _IN_PLACE[name](part, value)
+        before = self._items(container)
+        done = self.inplace(site, name, part, value)
+        if before:
+            self._written[id(container)] = (container, site, [*before, *self._items(done)])
+        return done
+
     def item(self, site: int, container: Any, index: Any) -> Any:
         if self.looking or type(container) in _CONTAINERS or isinstance(container, type):
             return operator.getitem(container, index)
@@ -321,7 +331,7 @@ class Recorder:
         return value
 
     def storing(self, site: int, value: Any, container: Any) -> Any:
-        """Before `container[...] = value`."""
+        """Before `container[...] = value`. What that makes of the container is noted when it is used: a loop may write a million times."""
         key = id(container)
         if self.looking:
             return value
@@ -333,9 +343,6 @@ class Recorder:
                 inputs += self._items(value)
             self._written[key] = (container, site, inputs)
         return value
-
-    def stored(self, site: int, container: Any) -> None:
-        """After it. The container is looked at when it is used: a loop may write to it a million times."""
 
     def caught(self, site: int) -> None:
         kind, error, _ = sys.exc_info()
@@ -506,6 +513,9 @@ def _name(function: Any) -> str:
     if inspect.isroutine(function) and owner is not None and not inspect.ismodule(owner):
         kind = owner if isinstance(owner, type) else type(owner)
         module = kind.__module__
+        if inspect.ismethod(function):
+            # As its class in the library says it: a JPEG's `resize` is PIL.Image.Image.resize.
+            return _public(f"{function.__func__.__module__}.{function.__func__.__qualname__}")
         if kind.__name__ == "_VariableFunctionsClass":
             return f"torch.{function.__name__}"
         return _public(f"{module}.{kind.__qualname__}.{function.__name__}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from skewless.programs.trace import Event, Site, Trace
 from skewless.skew.report import probability
 from skewless.terminal import columns, printable
 
@@ -476,3 +478,31 @@ def _scores(scores: list[float]) -> str:
 
 def _short(cell: str) -> str:
     return cell if len(cell) <= _CELL else f"{cell[: _CELL - 3]}..."
+
+
+def trace_text(trace: Trace, plain_seconds: float, most: int = 40) -> str:
+    """What a traced run computed, line by line: the lines with the arrays they gave, the last `most` of them."""
+    ends: dict[tuple[str, int], Event] = {}
+    runs: Counter[Site] = Counter()
+    for event in trace.events:
+        ends[event.site.whole] = event
+        runs[event.site] += 1
+    told = sorted(ends.values(), key=lambda event: event.number)
+    rows = [
+        [
+            str(event.site),
+            f"{runs[event.site]} x" if runs[event.site] > 1 else "",
+            _short(event.site.text),
+            " ".join(f"{item.kind} {item.dtype} {tuple(item.shape)}" for item in event.outputs[:2]),
+        ]
+        for event in told[-most:]
+    ]
+    parts = [
+        f"{trace.program} on {trace.file}: {len(trace.events)} results noted, {len(told)} lines, {trace.seconds:.2f} s (plain {plain_seconds:.2f} s)",
+        columns(["line", "runs", "what", "gives"], rows),
+    ]
+    if len(told) > most:
+        parts.insert(1, f"The last {most} lines:")
+    parts += [f"{s.site} kept {s.exception} from the caller, {s.count} x: {s.message}" for s in trace.swallowed]
+    parts += list(trace.notes)
+    return "\n\n".join(parts)

@@ -8,6 +8,7 @@ the program computes the same. A function is called from the user's own frame: `
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -211,7 +212,6 @@ class Rewriter(ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> Any:
         site = self._site(node)
         value = self.visit(node.value)
-        stores = []
         for target in node.targets:
             if isinstance(target, ast.Name):
                 value = self._hook("assigned", node, site, value, ast.Constant(target.id))
@@ -220,12 +220,11 @@ class Rewriter(ast.NodeTransformer):
                 value = self._hook("unpacked", node, site, value, *names)
             elif isinstance(target, ast.Subscript) and _is_plain(target.value):
                 value = self._hook("storing", node, site, value, _load(target.value))
-                stores.append(self._statement("stored", node, site, _load(target.value)))
             elif isinstance(target, ast.Attribute):
                 value = self._hook("assigned", node, site, value, ast.Constant(ast.unparse(target)))
         node.value = value
         node.targets = [self.visit(target) for target in node.targets]
-        return [node, *stores] if stores else node
+        return node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         site = self._site(node)
@@ -239,13 +238,13 @@ class Rewriter(ast.NodeTransformer):
             node.target = self.visit(target)
             return node
         operator = ast.Constant(type(node.op).__name__)
-        new = self._hook("inplace", node, site, operator, _load(target), value)
-        stored = ast.copy_location(ast.Assign([target], new), node)
-        if isinstance(target, ast.Subscript):
-            new = self._hook("storing", node, site, new, _load(target.value))
-            stored.value = new
-            return [stored, self._statement("stored", node, site, _load(target.value))]
-        return stored
+        if not isinstance(target, ast.Subscript):
+            new = self._hook("inplace", node, site, operator, _load(target), value)
+            return ast.copy_location(ast.Assign([target], new), node)
+        container = _load(target.value)
+        part = self._hook("item", node, self._site(node), container, self._index(_load(target.slice)))
+        new = self._hook("inplace_part", node, site, operator, part, value, container)
+        return ast.copy_location(ast.Assign([target], new), node)
 
     def visit_For(self, node: ast.For) -> Any:
         site = self._site(node.iter)
@@ -297,8 +296,8 @@ def _is_plain_index(node: ast.expr) -> bool:
 
 def _load(node: ast.expr) -> ast.expr:
     """The same expression, read instead of written."""
-    copy = ast.parse(ast.unparse(node), mode="eval").body
-    for part in ast.walk(copy):
-        if isinstance(part, ast.expr):
-            ast.copy_location(part, node)
-    return copy
+    read = copy.deepcopy(node)
+    for part in ast.walk(read):
+        if hasattr(part, "ctx"):
+            part.ctx = ast.Load()
+    return read

@@ -188,7 +188,7 @@ def state(thing: Any, most: int = 1_000_000) -> Iterator[Found]:
 def replaced(value: Any, path: str, array: np.ndarray) -> Any:
     """`value` with the array at `path` (as `find` and `state` give it) replaced by other numbers, held as before.
 
-    The array's own type is kept (float32 stays float32): it may be what differs. Raises ValueError where the place cannot
+    The wider type of the two is taken: rounding may be what differs. Raises ValueError where the place cannot
     hold them.
     """
     if not path:
@@ -230,14 +230,11 @@ def _held_like(holder: Any, array: np.ndarray) -> Any:
     kind, before = known
     if array.size == before.size and np.squeeze(array).shape == np.squeeze(before).shape:
         array = array.reshape(before.shape)
+    if before.dtype.kind == "f":
+        array = array.astype(_wide_enough(array, before, kind))
     if kind == "torch":
         import torch
 
-        if before.dtype.kind == "f" and array.dtype == np.float64 and holder.dtype != torch.float64:
-            # numpy computes in float64 where torch keeps float32; the next line of a torch program takes float32.
-            array = array.astype(np.float32)
-        if before.dtype.kind != array.dtype.kind and array.dtype.kind != "f":
-            array = array.astype(before.dtype)
         return torch.from_numpy(np.ascontiguousarray(array).copy()).to(holder.device)
     if kind == "numpy":
         return np.ascontiguousarray(array).copy()
@@ -248,3 +245,16 @@ def _held_like(holder: Any, array: np.ndarray) -> Any:
             raise ValueError("an image takes whole numbers from 0 to 255 only")
         return Image.fromarray(array.astype(np.uint8), holder.mode)
     return type(holder)(array.tolist())
+
+
+def _wide_enough(array: np.ndarray, before: np.ndarray, kind: str) -> np.dtype:
+    """A floating-point type that holds the numbers without rounding them to one that the other program does not have.
+
+    Half precision is no reason to compute on in half precision. numpy computes in float64 where torch keeps float32, and the next line of a
+    torch program takes float32.
+    """
+    if array.dtype.kind != "f":
+        return before.dtype
+    if kind == "torch" and before.dtype != np.float64 and array.dtype == np.float64:
+        return np.dtype(np.float32)
+    return np.promote_types(array.dtype, before.dtype)
