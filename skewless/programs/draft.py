@@ -138,7 +138,7 @@ class _Drafting:
         self._stages: list[tuple[int, Recognised]] = []
         self._done: set[int] = set()
         self._open: list[Event] = []
-        self._channels = 0
+        self._decoded: dict[Stage, Signal | None] = {}
 
     def draft(self) -> Draft:
         now = _Now(Signal(Payload(self._payload)), ())
@@ -162,7 +162,7 @@ class _Drafting:
             further: list[tuple[tuple[Proposal, ...], Signal]] = []
             for before, signal in frontier:
                 for proposal in self._proposals(signal, now):
-                    after = _run(proposal.stage, signal)
+                    after = self._run(proposal.stage, signal)
                     if after is None or not _changed(signal, after):
                         continue
                     hit = self._known.hit(after, now.covered)
@@ -186,6 +186,13 @@ class _Drafting:
             if proposal.stage not in seen:
                 seen.add(proposal.stage)
                 yield proposal
+
+    def _run(self, stage: Stage, signal: Signal) -> Signal | None:
+        if not _starts(signal):
+            return _run(stage, signal)
+        if stage not in self._decoded:
+            self._decoded[stage] = _run(stage, signal)
+        return self._decoded[stage]
 
     def _leads_on(self, stage: Stage, after: Signal) -> bool:
         """Whether segments may be those of the output: frames of which only levels are taken are cut out in the same way."""
@@ -229,8 +236,6 @@ class _Drafting:
         if not found.hit.tight and theirs is not None:
             # From the program's own numbers on, so that what is close does not add up to what is not.
             signal = signal.of(torch.from_numpy(theirs.copy()).to(signal.data.dtype))
-        if isinstance(last.stage, Decode) or any(isinstance(p.stage, Decode) for p in silent):
-            self._channels = len(Decode()(now.signal).data)
         return _Now(signal, found.hit.of, covered)
 
     def _between(self, digests: Iterable[str], covered: set[str]) -> list[Event]:
@@ -303,13 +308,10 @@ class _Drafting:
     # --- what is written
 
     def _finish(self, now: _Now) -> None:
-        shape = self._output.shape
-        data = now.signal.data
+        last, data = self._graph.maker(self._output.digest), now.signal.data
         # One channel is an axis that a network wants, and no number of it differs.
-        if self._output.digest in now.live and isinstance(data, torch.Tensor) and data.ndim == 3 and len(shape) >= 4:
-            self._stages.append(
-                (self._events[-1].number if self._events else 0, Recognised(Replicate(1), (), 0.0, 0.0))
-            )
+        if last is not None and last.number in self._done and data.ndim == 3 and len(self._output.shape) >= 4:
+            self._stages.append((last.number, Recognised(Replicate(1), (), 0.0, 0.0)))
 
     def _written(self, reached: bool) -> Draft:
         missing = [event for event in self._events if event.number not in self._done]
@@ -360,7 +362,8 @@ class _Drafting:
             yield f"{each.site} swallowed {each.exception} ({each.message}): what it kept from running is not in the list"
         if len(self._trace.outputs) > 1:
             yield f"{self._trace.program} returns {len(self._trace.outputs)} arrays; the draft is of the first"
-        if self._channels == 1:
+        decoded = self._decoded.get(Decode())
+        if decoded is not None and len(decoded.data) == 1:
             yield "the recording has one channel: what the program does with several is not seen"
         if whole and self._stages:
             try:
@@ -442,11 +445,13 @@ class _Known:
         tight = any(each[0] for each in found)
         best = min(each[2] for each in found if each[0] == tight)
         kept = [each for each in found if each[0] == tight and (tight or each[2] <= 1.5 * best)]
-        kept.sort(key=lambda each: each[2])
+        closest = min(kept, key=lambda each: each[2])
+        # The last one is what the program goes on with.
+        kept.sort(key=lambda each: -self._numbers[each[3]])
         of = tuple(dict.fromkeys(each[3] for each in kept))
         array = self._trace.arrays.get(kept[0][3]) if kept[0][4] else None
         theirs = None if array is None else array.reshape(data.shape)
-        return _Hit(of, len(of), 1, kept[0][1], kept[0][2], tight, theirs)
+        return _Hit(of, len(of), 1, closest[1], closest[2], tight, theirs)
 
     def _distance(self, ours: np.ndarray, value: Value, spread: float) -> tuple[bool, float, float] | None:
         """(the same, largest difference, that by the largest number) of a value that is at least close. spread: the standard

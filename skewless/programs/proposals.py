@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from skewless.programs.values import canonical
 
 # Where neither the values nor the source tell how many segments are taken at most.
 MANY_SEGMENTS = 10_000
+# All segments together, overlaps counted: 256 MiB.
+_MOST_NUMBERS = 2**26
 # A number that was fitted to values is written with so few digits that it stays within these shares of it.
 _ROUNDINGS = (1e-5, 1e-6, 2e-3)
 
@@ -207,9 +209,15 @@ def _segments(
         if not hop:
             hop = _hop_named(evidence, rate, length)
             notes.append("there is one segment, so hop_s is not seen")
+        if (wave.size // hop + 1) * length > _MOST_NUMBERS:
+            # Such as a waveform less its first sample: no segments.
+            continue
         counts = [len(found)] if length * 2 < wave.size else []
+        fitting = {max(1, 1 + (wave.size - length) // hop), -(-wave.size // hop)}
         for tail, most in itertools.product(("drop", "pad"), (*limits, *counts, MANY_SEGMENTS)):
             told = list(notes)
+            if len({min(count, most) for count in fitting}) == 1:
+                told.append("what happens to a rest at the end is not seen")
             if most == MANY_SEGMENTS:
                 told.append("no limit is seen, so max_segments is a large number")
             values = {
@@ -290,11 +298,11 @@ def _scalers(evidence: Evidence) -> Iterator[Proposal]:
 
 
 def _on_spectrogram(signal: Signal, evidence: Evidence, later: Sequence[Event]) -> Iterator[Proposal]:
-    x = canonical(signal.data[0].numpy())
-    arrays = list(_arrays(evidence.trace, later))
+    x, rows = canonical(signal.data[0].numpy()), len(signal.data)
+    arrays = [first for array in _arrays(evidence.trace, later) for first in _firsts(array, rows)]
     same = [array for array in arrays if array.shape == x.shape]
     yield from _decibels(evidence, same)
-    yield from _scales(x, evidence, later)
+    yield from _scales(x, rows, evidence, later)
     for array in arrays:
         if array.ndim == 2 and x.ndim == 2 and len(array) == len(x) and array.shape[1] != x.shape[1]:
             yield from _pads(x, array)
@@ -329,20 +337,24 @@ def _decibels(evidence: Evidence, same: Sequence[np.ndarray]) -> Iterator[Propos
             yield Proposal(proposal.stage, note)
 
 
-def _scales(x: np.ndarray, evidence: Evidence, later: Sequence[Event]) -> Iterator[Proposal]:
+def _scales(x: np.ndarray, rows: int, evidence: Evidence, later: Sequence[Event]) -> Iterator[Proposal]:
     """A clamp, with linear steps before and after it."""
-    arrays = evidence.trace.arrays
+
+    def like_x(events: Sequence[Event]) -> Iterator[np.ndarray]:
+        every = (first for array in _arrays(evidence.trace, events) for first in _firsts(array, rows))
+        return (array for array in every if array.shape == x.shape)
+
     for at, event in enumerate(later):
         limits = _limits(event)
         if limits is None or not event.inputs:
             continue
-        before, clamped = arrays.get(event.inputs[0].digest), arrays.get(event.outputs[0].digest)
-        if before is None or clamped is None or (first := line(x, canonical(before))) is None or first[0] <= 0:
+        unclamped = replace(event, outputs=event.inputs[:1])
+        before, clamped = next(like_x([unclamped]), None), next(like_x([event]), None)
+        if before is None or clamped is None or (first := line(x, before)) is None or first[0] <= 0:
             continue
         low, high = ((limit - first[1]) / first[0] for limit in limits)
-        clamped = canonical(clamped)
-        for each in (clamped, *_arrays(evidence.trace, later[at + 1 :])):
-            if each.shape == x.shape and (second := line(clamped, each)) is not None and second[0] > 0:
+        for each in (clamped, *like_x(later[at + 1 :])):
+            if (second := line(clamped, each)) is not None and second[0] > 0:
                 ends = [second[0] * limit + second[1] for limit in limits]
                 for share in _ROUNDINGS:
                     near = [nice(n, share, abs(high - low)) for n in (low, high)]
@@ -384,8 +396,7 @@ def _on_picture(signal: Signal, evidence: Evidence, later: Sequence[Event]) -> I
     if evidence.half:
         yield Proposal(Cast("float16"))
     planes = x.reshape(channels, *signal.data.shape[2:])
-    # A batch's values come after all of its segments were stacked.
-    firsts = [a[0] if a.ndim == 4 and len(a) == len(signal.data) else a for a in arrays]
+    firsts = (first for array in arrays for first in _firsts(array, len(signal.data)))
     same = [plane for a in firsts if (plane := _channels_first(a, planes.shape)) is not None]
     ranges = [ends for each in same if (fit := line(planes, each)) and fit[0] > 0 if (ends := _ends(*fit)) in _RANGES]
     for each in same:
@@ -400,10 +411,10 @@ def _on_picture(signal: Signal, evidence: Evidence, later: Sequence[Event]) -> I
             continue
         for (low, high), share in itertools.product(dict.fromkeys([*ranges, (0.0, 1.0)]), _ROUNDINGS):
             std = [1 / (a * (high - low)) for a, _ in known]
-            mean = [-(a * low + b) * s for (a, b), s in zip(known, std, strict=True)]
+            offsets = [-(a * low + b) * s for (a, b), s in zip(known, std, strict=True)]
             values = {
                 "input_range": (low, high),
-                "mean": tuple(nice(m, share, s) for m, s in zip(mean, std, strict=True)),
+                "mean": tuple(nice(m, share, s) for m, s in zip(offsets, std, strict=True)),
                 "std": tuple(nice(s, share) for s in std),
             }
             for arithmetic in ("float32", "float16") if evidence.half else ("float32",):
@@ -436,6 +447,13 @@ def _arrays(trace: Trace, events: Sequence[Event]) -> Iterator[np.ndarray]:
         for item in event.outputs:
             if (array := trace.arrays.get(item.digest)) is not None and array.size > 1:
                 yield canonical(array)
+
+
+def _firsts(array: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """An array, and its first row where it may hold all segments."""
+    yield array
+    if rows > 1 and array.ndim > 1 and len(array) == rows:
+        yield array[0]
 
 
 def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
