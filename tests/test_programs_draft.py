@@ -379,6 +379,43 @@ def test_a_pipeline_and_the_same_program_have_no_cause(recording: Path, train: T
                 assert compared.first_same and compared.same and not compared.causes
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        ("low: -80.0", "low: -78.0", ("torch.clamp((level", "- scale")),
+        ("0.225]", "0.235]", ("std = torch.tensor", "- standardize")),
+    ],
+)
+def test_a_stage_of_several_operators_is_named_and_no_line_before_it(
+    old: str, new: str, lines: tuple[str, str], recording: Path, train: TracedFunction, tmp_path: Path
+):
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(COUGH.read_text().replace(old, new))
+    with PipelineSide(path) as pipeline:
+        pipeline.beside = train
+        for pair, expected in (
+            ((pipeline, train), line_of(TRAIN, lines[0])),
+            ((train, pipeline), line_of(path.read_text(), lines[1])),
+        ):
+            compared = compare(*pair, recording)
+            assert {cause.parting.site.line for cause in compared.causes} == {expected}
+
+
+def test_operators_of_a_stage_give_the_stages_numbers(recording: Path, photo: Path, tmp_path: Path):
+    caffe = tmp_path / "caffe.yaml"
+    caffe.write_text(
+        "name: x\nstages:\n  - decode_image: {background: [], min_side: 1}\n"
+        "  - caffe_preprocess: {mean_bgr: [103.939, 116.779, 123.68]}\n"
+    )
+    half = tmp_path / "half.yaml"
+    half.write_text(COUGH.read_text().replace("arithmetic: float32", "arithmetic: float16"))
+    for path, file in ((COUGH, recording), (half, recording), (caffe, photo)):
+        with PipelineSide(path) as side:
+            (output,) = side.run(file).outputs
+        expected = Pipeline.from_yaml(path)(file.read_bytes())
+        assert output.digest == measure(expected.numpy()).digest
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.stage)
 def test_the_line_and_the_stage_that_differ_are_named_in_both_directions(
     change: Change, recording: Path, train: TracedFunction, tmp_path: Path

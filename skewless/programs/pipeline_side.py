@@ -7,7 +7,8 @@ import dataclasses
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from skewless import __version__
 from skewless.core.definition import PIPELINE
 from skewless.core.pipeline import Pipeline
 from skewless.core.stages import InputError, Payload, PipelineError, Signal, Stage
-from skewless.core.stages.spectrogram import Mel
+from skewless.core.stages.image import CaffePreprocess
+from skewless.core.stages.network_input import Standardize
+from skewless.core.stages.spectrogram import Mel, Scale
 from skewless.core.versions import library_versions
 from skewless.errors import UsageError
 from skewless.programs.program import Recorded, Side, TracedFunction, function_of
@@ -46,7 +49,8 @@ class PipelineSide:
 
     Most programs take one segment after the other and stack them at the end. So from the stage that cuts a recording on, each
     stage is one event per segment, in order, and the last one's results are stacked. Where the program `beside` it
-    computes on all segments at once, so does the trace.
+    computes on all segments at once, so does the trace. What a stage computes with, such as a filterbank, is a value of its
+    own, and stages of a few operators are traced operator by operator: all on the stage's line.
 
     checkpoint: where stages take what training has fitted. memory: bytes of arrays to keep whole in one trace.
     Raises UsageError for a stage without its statistics, and for a path that is none of the three; PipelineError and
@@ -100,7 +104,7 @@ class PipelineSide:
     def run(self, file: Path, substitutes: Substitutes | None = None, *, plain: bool = False) -> Trace:
         notes = _Notes(self._memory)
         given = substitutes or {}
-        places = {*self._sites, *map(_beside, self._sites)}
+        places = {_shifted(site, by) for site in self._sites for by in range(2 + _MOST_PARTS)}
         if lost := sorted({str(site) for site, _ in given if site not in places}):
             raise ProgramError(f"{self.name} has no stage at {', '.join(lost)}")
         shapes = self._shapes_beside(file)
@@ -132,25 +136,30 @@ class PipelineSide:
         stages = list(self.pipeline.stages.values())
         for number, (stage, (site, written)) in enumerate(zip(stages, self._sites.items(), strict=True)):
             call = _call(stage, written)
-            constants: tuple[Item, ...] = ()
+            constants: dict[str, Item] = {}
             for occurrence, names in enumerate(_CONSTANTS.get(stage.name, ())):
-                place = _beside(site)
+                place = _shifted(site, 1)
                 if arrays := given.get((place, occurrence)):
                     stage = _with_constants(stage, arrays)
-                constants += notes.constants(place, occurrence, call, _constants(stage, signal, names))
-            with torch.no_grad():
-                signal = stage(signal)
-            rows = len(signal.data) if "segment_times_s" in signal.metadata else 1
-            by_row, whole = _layout(tuple(signal.data.shape), rows, shapes, now.shape)
-            last = number == len(stages) - 1
-            for occurrence in range(rows + 1):
-                for array in given.get((site, occurrence), {}).values():
-                    try:
-                        signal = _put(stage, signal, occurrence if by_row and occurrence < rows else None, array)
-                    except (ValueError, RuntimeError) as error:
-                        raise ProgramError(f"{site} ({stage.name}) cannot take the value: {error}") from error
-            data = signal.data if last else _as_beside(signal.data, shapes)
-            now = notes.stage(site, call, stage.name, data, now, constants, by_row, whole or not by_row or last)
+                constants |= notes.constants(place, occurrence, call, _constants(stage, signal, names))
+            *_, last = parts = _parts(stage)
+            for at, part in enumerate(parts):
+                place = site if part is last else _shifted(site, 2 + at)
+                with torch.no_grad():
+                    signal = part.compute(signal)
+                rows = len(signal.data) if "segment_times_s" in signal.metadata else 1
+                by_row, whole = _layout(tuple(signal.data.shape), rows, shapes, now.shape)
+                returned = part is last and number == len(stages) - 1
+                for occurrence in range(rows + 1):
+                    for array in given.get((place, occurrence), {}).values():
+                        try:
+                            signal = _put(stage, signal, occurrence if by_row and occurrence < rows else None, array)
+                        except (ValueError, RuntimeError) as error:
+                            raise ProgramError(f"{site} ({stage.name}) cannot take the value: {error}") from error
+                data = signal.data if returned else _as_beside(signal.data, shapes)
+                used = tuple(item for name, item in constants.items() if part.uses is None or name in part.uses)
+                whole = whole or not by_row or returned
+                now = notes.stage(place, call, part.operation, data, now, used, by_row, whole)
         assert now.whole is not None
         return (now.whole,)
 
@@ -202,9 +211,10 @@ class _Notes:
 
     def constants(
         self, site: Site, occurrence: int, call: Call, constants: Mapping[str, torch.Tensor]
-    ) -> tuple[Item, ...]:
-        items = tuple(dataclasses.replace(self.item(data), path=f".{name}") for name, data in constants.items())
-        self.events.append(Event(len(self.events), site, occurrence, ", ".join(constants), (), items, call))
+    ) -> dict[str, Item]:
+        items = {name: dataclasses.replace(self.item(data), path=f".{name}") for name, data in constants.items()}
+        outputs = tuple(items.values())
+        self.events.append(Event(len(self.events), site, occurrence, ", ".join(constants), (), outputs, call))
         return items
 
     def stage(
@@ -238,9 +248,55 @@ class _Notes:
         self.events.append(Event(len(self.events), site, occurrence, operation, inputs, (output,), call))
 
 
-def _beside(site: Site) -> Site:
-    """The place of a stage's constants: on its line, and not that of its result."""
-    return dataclasses.replace(site, column=site.column + 1)
+@dataclass(frozen=True)
+class _Part:
+    """A part of a stage. operation: as programs write it. uses: the stage's constants that it computes with; None: all."""
+
+    operation: str
+    compute: Callable[[Signal], Signal]
+    uses: tuple[str, ...] | None = None
+
+
+_MOST_PARTS = 5
+
+
+def _parts(stage: Stage) -> list[_Part]:
+    """A stage that programs write as several operators, in these operators; any other as one part. They give its numbers."""
+    steps: list[tuple[str, Callable[[torch.Tensor], torch.Tensor], tuple[str, ...]]]
+    if isinstance(stage, Scale):
+        (low, high), (bottom, top) = (stage.low, stage.high), stage.to
+        steps = [
+            ("-", lambda x: x - low, ()),
+            ("/", lambda x: x / (high - low), ()),
+            ("torch.clamp", lambda x: torch.clamp(x, 0.0, 1.0), ()),
+            ("*", lambda x: x * (top - bottom), ()),
+            ("+", lambda x: x + bottom, ()),
+        ]
+    elif isinstance(stage, Standardize):
+        low, high = stage.input_range
+        mean, std = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (stage.mean, stage.std))
+        dtype = getattr(torch, stage.arithmetic)
+        steps = [
+            ("-", lambda x: x.to(dtype) - low, ()),
+            ("/", lambda x: x / (high - low), ()),
+            ("-", lambda x: x - mean, ("mean",)),
+            ("/", lambda x: x / std, ("std",)),
+        ]
+    elif isinstance(stage, CaffePreprocess):
+        mean_bgr = torch.tensor(stage.mean_bgr).view(1, 3, 1, 1)
+        steps = [("[]", lambda x: x.flip(1), ()), ("-", lambda x: x - mean_bgr, ("mean_bgr",))]
+    else:
+        return [_Part(stage.name, stage)]
+    return [_Part(operation, _of_data(compute), uses) for operation, compute, uses in steps]
+
+
+def _of_data(compute: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Signal], Signal]:
+    return lambda signal: signal.of(compute(signal.data))
+
+
+def _shifted(site: Site, by: int) -> Site:
+    """The place of a stage's constants and parts: on its line, and not that of its result."""
+    return dataclasses.replace(site, column=site.column + by)
 
 
 def _constants(stage: Stage, signal: Signal, names: Sequence[str]) -> dict[str, torch.Tensor]:
