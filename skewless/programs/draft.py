@@ -90,7 +90,11 @@ def draft(trace: Trace, file: Path) -> Draft:
         payload = file.read_bytes()
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
-    return _Drafting(trace, payload).draft()
+    found = _Drafting(trace, payload, Graph(trace).leading_to(trace.outputs[:1])).draft()
+    if found.recognised:
+        return found
+    # Where a value's origin was not seen, such as a list of single numbers, any of the events may be on the way.
+    return _Drafting(trace, payload, list(trace.events)).draft()
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,11 @@ class _Now:
 
 
 class _Drafting:
-    def __init__(self, trace: Trace, payload: bytes):
+    def __init__(self, trace: Trace, payload: bytes, events: list[Event]):
         self._trace, self._payload = trace, payload
         self._graph = Graph(trace)
         self._output = trace.outputs[0]
-        self._events = self._graph.leading_to([self._output])
+        self._events = events
         self._known = _Known(trace, self._events)
         self._evidence = Evidence(trace, self._events)
         self._stages: list[tuple[int, Recognised]] = []
@@ -161,13 +165,19 @@ class _Drafting:
             found: list[_Found] = []
             further: list[tuple[tuple[Proposal, ...], Signal]] = []
             for before, signal in frontier:
+                settled: set[type[Stage]] = set()
                 for proposal in self._proposals(signal, now):
+                    if type(proposal.stage) in settled:
+                        continue
                     after = self._run(proposal.stage, signal)
                     if after is None or not _changed(signal, after):
                         continue
                     hit = self._known.hit(after, now.covered)
                     if hit is not None and self._leads_on(proposal.stage, after):
                         found.append(_Found((*before, proposal), after, hit, len(found)))
+                        # Of segments there may be more with another tail; of the others, what stands for most came first.
+                        if hit.tight and not _coarse(hit.relative) and not isinstance(proposal.stage, Segment):
+                            settled.add(type(proposal.stage))
                     else:
                         further.append(((*before, proposal), after))
             if found:
@@ -217,7 +227,7 @@ class _Drafting:
             return self._events[:_AHEAD]
         reached, found = {live[0]}, []
         # What follows from all segments together follows from the first one, too.
-        for event in self._events:
+        for event in self._trace.events:
             if any(item.digest in reached for item in event.inputs):
                 reached.update(item.digest for item in event.outputs)
                 found.append(event)
@@ -399,9 +409,10 @@ class _Known:
         for item in trace.outputs[:1]:
             self._numbers.setdefault(item.digest, len(trace.events))
         self._of_shape: dict[tuple[int, ...], list[Value]] = defaultdict(list)
+        self._samples: dict[tuple[int, ...], np.ndarray] = {}
         for digest in self._numbers:
             value = trace.values[digest]
-            if value.size > 1:
+            if value.size > 1 and value.finite:
                 self._of_shape[value.shape].append(value)
 
     def number(self, hit: _Hit) -> int:
@@ -418,7 +429,8 @@ class _Known:
             return self._near(data, but, spread, _FULL_SCALES if waveform else (1.0,))
         rows = len(data)
         whole = self._near(data, but, spread)
-        parts = [self._near(row, but, spread) for row in data]
+        # Most results that are none of the program's are none in the first segment.
+        parts = itertools.takewhile(bool, (self._near(row, but, spread) for row in data))
         known = [part for part in parts if part is not None]
         if len(known) < rows:
             return whole and replace(whole, rows=rows)
@@ -435,7 +447,7 @@ class _Known:
         found: list[tuple[bool, float, float, str, bool]] = []
         for (at, view), scale in itertools.product(enumerate(_views(canonical(data))), scales):
             scaled = view * np.float32(scale) if scale != 1 else view
-            for value in self._of_shape.get(view.shape, ()):
+            for value in self._alike(scaled, spread * scale):
                 near = None if value.digest in but else self._distance(scaled, value, spread * scale)
                 if near is not None:
                     found.append((*near, value.digest, at == 0 and scale == 1))
@@ -453,24 +465,36 @@ class _Known:
         theirs = None if array is None else array.reshape(data.shape)
         return _Hit(of, len(of), 1, closest[1], closest[2], tight, theirs)
 
+    def _alike(self, ours: np.ndarray, spread: float) -> list[Value]:
+        """The values of this shape whose samples are near ours; of a value, the whole decides."""
+        values = self._of_shape.get(ours.shape, [])
+        if not values:
+            return []
+        if ours.shape not in self._samples:
+            self._samples[ours.shape] = np.stack([value.sample for value in values])
+        samples = self._samples[ours.shape]
+        apart = np.sqrt(np.mean(np.square(samples - _sample(ours)), axis=1))
+        # A sample may hit a rare large difference.
+        allowed = 20 * CLOSE * np.maximum(np.sqrt(np.mean(np.square(samples), axis=1)), spread)
+        return [values[at] for at in np.flatnonzero(apart <= allowed)]
+
     def _distance(self, ours: np.ndarray, value: Value, spread: float) -> tuple[bool, float, float] | None:
         """(the same, largest difference, that by the largest number) of a value that is at least close. spread: the standard
         deviation of our result, of all segments together: a quiet one may differ as much as a loud one."""
-        flat = ours.reshape(-1)
-        places = np.linspace(0, flat.size - 1, min(SAMPLE, flat.size)).astype(np.int64)
-        sample = flat[places].astype(np.float64)
-        # A sample may hit a rare large difference; the whole decides.
-        allowed = 20 * CLOSE * max(_rms(value.sample), spread, 1e-30)
-        if not value.finite or _rms(sample - value.sample) > allowed:
-            return None
         theirs = self._trace.arrays.get(value.digest)
-        x, y = (sample, value.sample) if theirs is None else (flat.astype(np.float64), canonical(theirs).reshape(-1))
+        x, y = (_sample(ours), value.sample) if theirs is None else (ours.astype(np.float64), canonical(theirs))
         apart = np.abs(x - y)
         largest, size = float(apart.max()), max(value.largest, 1e-30)
         if largest <= RTOL * size:
             return True, largest, largest / size
         allowed = CLOSE * max(float(np.std(y)), spread)
         return (False, largest, largest / size) if 0 < _rms(apart) <= allowed else None
+
+
+def _sample(numbers: np.ndarray) -> np.ndarray:
+    """The numbers that a Value of them has as its sample."""
+    flat = numbers.reshape(-1)
+    return flat[np.linspace(0, flat.size - 1, min(SAMPLE, flat.size)).astype(np.int64)].astype(np.float64)
 
 
 # Full scale of integers, for programs that take the levels as they are stored.

@@ -353,7 +353,8 @@ def _scales(x: np.ndarray, rows: int, evidence: Evidence, later: Sequence[Event]
         if before is None or clamped is None or (first := line(x, before)) is None or first[0] <= 0:
             continue
         low, high = ((limit - first[1]) / first[0] for limit in limits)
-        for each in (clamped, *like_x(later[at + 1 :])):
+        # What comes last stands for most lines.
+        for each in (*reversed(list(like_x(later[at + 1 :]))), clamped):
             if (second := line(clamped, each)) is not None and second[0] > 0:
                 ends = [second[0] * limit + second[1] for limit in limits]
                 for share in _ROUNDINGS:
@@ -398,6 +399,8 @@ def _on_picture(signal: Signal, evidence: Evidence, later: Sequence[Event]) -> I
     planes = x.reshape(channels, *signal.data.shape[2:])
     firsts = (first for array in arrays for first in _firsts(array, len(signal.data)))
     same = [plane for a in firsts if (plane := _channels_first(a, planes.shape)) is not None]
+    # What comes last stands for most lines.
+    same.reverse()
     ranges = [ends for each in same if (fit := line(planes, each)) and fit[0] > 0 if (ends := _ends(*fit)) in _RANGES]
     for each in same:
         if channels == 3 and signal.rate is None:
