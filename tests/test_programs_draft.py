@@ -260,6 +260,19 @@ def test_segments_of_all_at_once_with_padded_tails_and_stored_levels(recording: 
     assert found.closeness is not None and found.closeness[1] < 1e-6
 
 
+def test_levels_as_they_are_stored_are_recognised_before_an_unknown_line(recording: Path, tmp_path: Path):
+    text = TRAIN.replace('dtype="float32"', 'dtype="int16"').replace("samples.T.copy())", "samples.T.copy()).float()")
+    text = text.replace("waveform / waveform.abs().max()", "waveform * waveform.abs()")
+    text = text.replace("keepdim=True)\n", "keepdim=True) / 32768**2\n", 1)
+    found = drafted(text, recording, tmp_path)
+    assert [site.line for site in found.unrecognised] == [line_of(text, "waveform.abs()"), line_of(text, "32768")]
+    assert found.recognised[0].stage.name == "decode"
+    assert [site.line for site in found.recognised[0].lines] == [
+        line_of(text, "soundfile.read"),
+        line_of(text, "copy()"),
+    ]
+
+
 def test_a_filter_of_another_design_is_accepted_as_close_and_said_to_be(recording: Path, tmp_path: Path):
     text = TRAIN.replace(
         "return AF.highpass_biquad(waveform, RATE, 50.0)",
@@ -399,6 +412,9 @@ def test_a_stage_of_several_operators_is_named_and_no_line_before_it(
         ):
             compared = compare(*pair, recording)
             assert {cause.parting.site.line for cause in compared.causes} == {expected}
+            first = compared.causes[0]
+            # The first operator, or the constant.
+            assert first.parting.events[0].operation in ("+", "-", "std", "torch.tensor")
 
 
 def test_operators_of_a_stage_give_the_stages_numbers(recording: Path, photo: Path, tmp_path: Path):
