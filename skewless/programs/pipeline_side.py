@@ -104,8 +104,8 @@ class PipelineSide:
     def run(self, file: Path, substitutes: Substitutes | None = None, *, plain: bool = False) -> Trace:
         notes = _Notes(self._memory)
         given = substitutes or {}
-        places = {_shifted(site, by) for site in self._sites for by in range(2 + _MOST_PARTS)}
-        if lost := sorted({str(site) for site, _ in given if site not in places}):
+        places = {(site.file, site.line) for site in self._sites}
+        if lost := sorted({str(site) for site, _ in given if (site.file, site.line) not in places}):
             raise ProgramError(f"{self.name} has no stage at {', '.join(lost)}")
         shapes = self._shapes_beside(file)
         began = time.perf_counter()
@@ -138,7 +138,8 @@ class PipelineSide:
             call = _call(stage, written)
             constants: dict[str, Item] = {}
             for occurrence, names in enumerate(_CONSTANTS.get(stage.name, ())):
-                place = _shifted(site, 1)
+                # A statement of its own: programs make their constants elsewhere than they use them.
+                place = dataclasses.replace(_shifted(site, 1), statement=-site.line)
                 if arrays := given.get((place, occurrence)):
                     stage = _with_constants(stage, arrays)
                 constants |= notes.constants(place, occurrence, call, _constants(stage, signal, names))
@@ -255,9 +256,6 @@ class _Part:
     operation: str
     compute: Callable[[Signal], Signal]
     uses: tuple[str, ...] | None = None
-
-
-_MOST_PARTS = 5
 
 
 def _parts(stage: Stage) -> list[_Part]:
@@ -399,7 +397,8 @@ def _sites(source: str, file: str) -> dict[Site, tuple[str, ...]]:
         start, end = stage.start_mark, params.end_mark
         lines = [line for line in source[start.index : end.index].splitlines() if not line.lstrip().startswith("#")]
         text = " ".join(" ".join(lines).split())
-        found[Site(file, start.line + 1, start.column, text)] = tuple(key.value for key, _ in params.value)
+        line = start.line + 1
+        found[Site(file, line, start.column, text, statement=line)] = tuple(key.value for key, _ in params.value)
     if len(found) < len(stages.value):
         raise UsageError(f"a stage of {file} is written once and used twice; write out what its aliases (*name) mean")
     return found
