@@ -246,6 +246,11 @@ class Search:
         event = put_at.events[at]
         other = shown.events[at] if shown and shown.events else None
         theirs = shown.instead[at] if shown else None
+        ours = event.outputs[0].digest
+        if other is not None and len(other.outputs) == len(event.outputs):
+            # Of the arrays that an object holds, the first that differs.
+            pairs = [(o.digest, t.digest) for o, t in zip(event.outputs, other.outputs, strict=True)]
+            ours, theirs = next(((o, t) for o, t in pairs if comparison.had(o) != t), pairs[0])
         inputs = comparison.graph.line_inputs(parting.events[0] if put_at is not parting else event)
         common = next((d for d in inputs if comparison.had(d)), None)
         had = comparison.had(common) if common else None
@@ -255,7 +260,7 @@ class Search:
             None if put_at is parting else put_at.site,
             shown,
             comparison.reference.arrays.get(theirs) if theirs else None,
-            comparison.candidate.arrays.get(event.outputs[0].digest),
+            comparison.candidate.arrays.get(ours),
             (event, other),
             (
                 comparison.graph.maker(common) if common else None,
@@ -283,12 +288,19 @@ class Search:
                 if counterpart.events
                 else comparison.reference_graph.maker(counterpart.instead[n])
             )
-            array = comparison.candidate.arrays.get(event.outputs[0].digest)
-            if other is None or array is None:
+            if other is None:
                 return {}
-            path = next((o.path for o in other.outputs if o.digest == counterpart.instead[n]), other.outputs[0].path)
+            pairs = [(o.path, e.digest) for o, e in zip(other.outputs, event.outputs, strict=False)]
+            if len(other.outputs) != len(event.outputs):
+                path = next(
+                    (o.path for o in other.outputs if o.digest == counterpart.instead[n]), other.outputs[0].path
+                )
+                pairs = [(path, event.outputs[0].digest)]
+            arrays = {path: comparison.candidate.arrays.get(digest) for path, digest in pairs}
+            if any(array is None for array in arrays.values()):
+                return {}
             for twin in comparison.reference_graph.twins(other):
-                plan[twin.site, twin.occurrence] = {path: array}
+                plan[twin.site, twin.occurrence] = {path: array for path, array in arrays.items() if array is not None}
         return plan
 
     def _run_alone(self, plan: Plan, run: Callable[[Side, Plan], Trace]) -> Outcome:

@@ -418,20 +418,21 @@ def _fitted(pipeline: Pipeline, file: Path, checkpoint: Path | None) -> Pipeline
     return pipeline
 
 
-def side_of(text: str, code: Sequence[Path] = (), checkpoint: Path | None = None) -> Side:
+def side_of(text: str, code: Sequence[Path] = (), checkpoint: Path | None = None, memory: int = 256 * MIB) -> Side:
     """What a command's argument names: `FILE.py:function`, a recorded `*.trace`, a pipeline's `*.yaml`, a model's folder, or a
     `.mar` archive.
 
-    code: further folders whose modules are the user's. checkpoint: for a pipeline whose stages are fitted in training.
+    code: further folders whose modules are the user's. checkpoint: for a pipeline whose stages are fitted in training. memory: bytes
+    of arrays that one run keeps whole.
     Raises UsageError for anything else.
     """
     path = Path(text)
     if path.is_dir() or path.suffix in (".yaml", ".yml", ".mar"):
-        return PipelineSide(path, checkpoint)
+        return PipelineSide(path, checkpoint, memory)
     if path.suffix == ".trace":
         return Recorded(path)
     if ".py:" in text or path.suffix == ".py":
-        return TracedFunction(function_of(text, code))
+        return TracedFunction(function_of(text, code), memory)
     raise UsageError(
         f"{text!r} names no program: write FILE.py:function, a trace (*.trace) that `skewless trace` wrote, a pipeline.yaml, a "
         "model's folder, or an archive (.mar)"
@@ -439,13 +440,17 @@ def side_of(text: str, code: Sequence[Path] = (), checkpoint: Path | None = None
 
 
 def sides_of(
-    reference: str, candidate: str, code: Sequence[Path] = (), checkpoint: Path | None = None
+    reference: str,
+    candidate: str,
+    code: Sequence[Path] = (),
+    checkpoint: Path | None = None,
+    memory: int = 256 * MIB,
 ) -> tuple[Side, Side]:
     """Both sides of a comparison as `side_of` gives them, each knowing the other: a pipeline then computes segment by segment
     where the program does."""
-    first = side_of(reference, code, checkpoint)
+    first = side_of(reference, code, checkpoint, memory)
     try:
-        second = side_of(candidate, code, checkpoint)
+        second = side_of(candidate, code, checkpoint, memory)
     except BaseException:
         first.close()
         raise

@@ -55,6 +55,11 @@ class TracedFunction:
     ) -> None:
         self.close()
 
+    def exchange(self, function: Function) -> None:
+        """Run another function in the same process, which has its libraries loaded already."""
+        self._ask(function)
+        self.name = f"{function.module.name}:{function.name}"
+
     def run(self, file: Path, substitutes: Substitutes | None = None, *, plain: bool = False) -> Trace:
         trace = self._ask(Run(file.resolve(), substitutes or {}, self._memory, plain))
         assert trace is not None
@@ -114,9 +119,7 @@ def function_of(text: str, code: Sequence[Path] = ()) -> Function:
         raise UsageError(f"{text!r} is no function: write FILE.py:function, such as train/precompute.py:network_input")
     if not path.is_file():
         raise UsageError(f"there is no file {file}")
-    folders = (path.parent, *(folder.resolve() for folder in code))
-    while (folders[0] / "__init__.py").is_file():
-        folders = (folders[0].parent, *folders[1:]) if (folders[0].parent / "__init__.py").is_file() else folders
-        if not (folders[0].parent / "__init__.py").is_file():
-            break
-    return Function(path, name, folders)
+    package = path.parent
+    while (package.parent / "__init__.py").is_file() and (package / "__init__.py").is_file():
+        package = package.parent
+    return Function(path, name, (package, *(folder.resolve() for folder in code)))

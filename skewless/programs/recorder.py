@@ -223,6 +223,12 @@ class Recorder:
         if not outputs and (value is None or value is owner):
             self._changed(site, name, pending, owner, inputs, call)
             return value
+        if not outputs and made and call is not None and self._runs[site] < MOST_RUNS:
+            # An object without arrays, such as one that takes decibels: what it was made with still tells the programs apart.
+            self.events.append(
+                Event(len(self.events), self._sites[site], self._runs[site], name, tuple(inputs), (), call)
+            )
+            self._runs[site] += 1
         value = self._event(site, name, inputs, outputs, value, call)
         if made and outputs:
             self._states[id(value)] = (value, [self._item(f) for f in state(value)])
@@ -578,12 +584,9 @@ _VERSIONS: dict[str, str] = {}
 
 def _version(package: str) -> str:
     if package not in _VERSIONS:
-        module = sys.modules.get(package)
-        known = getattr(module, "__version__", None)
-        if not isinstance(known, str):
-            try:
-                known = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                known = ""
+        try:
+            known = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            known = str(getattr(sys.modules.get(package), "__version__", ""))
         _VERSIONS[package] = known
     return _VERSIONS[package]

@@ -86,6 +86,12 @@ class Program(importlib.abc.MetaPathFinder):
         sys.path.insert(0, str(root))
         sys.meta_path.insert(0, self)
 
+    def close(self) -> None:
+        """Make room for another program in this process."""
+        self._forget()
+        sys.meta_path.remove(self)
+        sys.path.remove(str(self._root))
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
@@ -241,6 +247,8 @@ def _answers(requests: BinaryIO, answers: BinaryIO) -> None:
         answer: Any
         try:
             if isinstance(request, Function):
+                if program is not None:
+                    program.close()
                 program, answer = Program(request), None
             else:
                 assert program is not None
