@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -199,7 +198,7 @@ class Search:
     ) -> tuple[Counterpart, Plan, Trace] | str:
         """Put training's value in place of the line's, trying what training may do there from the most likely on."""
         reason = "training computes nothing like it"
-        best: tuple[tuple[Any, ...], Counterpart, Plan, Trace] | None = None
+        best: tuple[bool, Counterpart, Plan, Trace] | None = None
         for counterpart in parting.counterparts:
             new = _substitutes(parting, counterpart, comparison)
             if new is None:
@@ -221,9 +220,10 @@ class Search:
             # much further apart is likely to be another line's.
             far = 0.0 if same else self._far(comparison.reference, after)
             near = far <= 2 * self._far(comparison.reference, comparison.candidate)
-            rank = (not near, len(counterpart.missing), far if not near else not same)
-            if best is None or rank < best[0]:
-                best = (rank, counterpart, {**plan, **new}, after)
+            nearer = best is not None and near and not best[0]
+            done = best is not None and same and len(counterpart.missing) <= len(best[1].missing)
+            if best is None or nearer or done:
+                best = (near, counterpart, {**plan, **new}, after)
         return best[1:] if best else reason
 
     def _far(self, reference: Trace, candidate: Trace) -> float:

@@ -54,3 +54,10 @@ def picture(path: Path, width: int = 301, height: int = 217, orientation: int = 
     options = {"quality": 95} if path.suffix == ".jpg" else {}
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, exif=exif, **options)
     return path
+
+
+if __name__ == "__main__":
+    # python tests/programs/inputs.py recording.wav [CHANNELS]
+    import sys
+
+    recording(Path(sys.argv[1]), channels=int(sys.argv[2]) if len(sys.argv) > 2 else 1)
