@@ -76,6 +76,7 @@ def cause(kind: str, at: dict[str, Any], there: dict[str, Any] | None, **others:
         "operation": "-",
         "counterpart": there,
         "counterpart_operation": "-" if there else None,
+        "put_right_at": None,
         "last_common": {"candidate": None, "reference": None},
         "missing": [],
         "value": {"candidate": value, "reference": value if there else None},

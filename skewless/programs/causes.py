@@ -53,6 +53,7 @@ class Cause:
     pair: the candidate's event and training's. common: (the candidate's line, training's line) that last gave the same value.
     before, after: what the candidate returns with all causes before it put right, and with this one as well; None for after where
     training's value could not be put in place: `stopped` says why.
+    times: (how often the line ran, how often training's did, training's line) where that is what differs.
     alone: what training returns when only this is done as the candidate does it; None where that cannot run.
     """
 
@@ -67,6 +68,7 @@ class Cause:
     after: Outcome | None
     alone: Outcome | None
     stopped: str = ""
+    times: tuple[int, int, Site] | None = None
     alone_plan: Plan = field(default_factory=dict, repr=False)
 
 
@@ -270,6 +272,7 @@ class Search:
             after,
             self._run_alone(alone, run) if counterpart else None,
             stopped,
+            None if put_at is parting else _times(comparison, parting),
             alone,
         )
 
@@ -344,6 +347,18 @@ def distance_of(reference: Outcome, candidate: Outcome) -> Distance:
     largest = float(np.nanmax(apart, initial=0.0))
     scale = float(np.nanmax(np.abs(a), initial=0.0))
     return Distance(largest, largest / scale if scale else None, rows)
+
+
+def _times(comparison: Comparison, parting: Parting) -> tuple[int, int, Site] | None:
+    """How often a line ran, and how often that line of training did which gave the same in other runs; None where they are as many."""
+    runs = [e for e in comparison.candidate.events if e.site == parting.events[0].site]
+    same = [comparison.reference_graph.maker(had) for e in runs if (had := comparison.had(e.outputs[0].digest))]
+    sites = [maker.site for maker in same if maker is not None]
+    if not sites:
+        return None
+    theirs = max(sites, key=sites.count)
+    count = sum(e.site == theirs for e in comparison.reference.events)
+    return (len(runs), count, theirs) if len(runs) != count else None
 
 
 def _other_number(parting: Parting, comparison: Comparison) -> bool:

@@ -120,9 +120,11 @@ def _cause(found: Sequence[tuple[Compared, Cause]], rtol: float, threshold: floa
     site = clearest.parting.site
     counterpart = clearest.counterpart.site if clearest.counterpart else None
     event, other = clearest.pair
+    if clearest.times is not None:
+        counterpart = clearest.times[2]
     last, theirs = clearest.common
     return {
-        "kind": clearest.counterpart.kind if clearest.counterpart else "unlike",
+        "kind": "number" if clearest.times else clearest.counterpart.kind if clearest.counterpart else "unlike",
         "place": {**(_place(site) or {}), "text": event.site.text if event.site.whole == site.whole else site.text},
         "operation": event.operation,
         "counterpart": _place(counterpart),
@@ -132,13 +134,15 @@ def _cause(found: Sequence[tuple[Compared, Cause]], rtol: float, threshold: floa
             "candidate": _place(last.site if last else None),
             "reference": _place(theirs.site if theirs else None),
         },
-        "missing": [_place(e.site) for e in clearest.counterpart.missing] if clearest.counterpart else [],
+        "missing": [_place(e.site) for e in clearest.counterpart.missing]
+        if clearest.counterpart and clearest.times is None
+        else [],
         "value": {
-            "candidate": _value(event),
-            "reference": _value(other),
+            "candidate": None if clearest.times else _value(event),
+            "reference": None if clearest.times else _value(other),
         },
         "relation": _relation(clearest, rtol),
-        "arguments": _arguments(event.call, other.call if other else None),
+        "arguments": [] if clearest.times else _arguments(event.call, other.call if other else None),
         "files": len({each.file for each, _ in found}),
         "runs": max(len(c.parting.events) for _, c in found),
         "changed_unseen": any(c.parting.unknown for _, c in found),
@@ -153,6 +157,11 @@ def _cause(found: Sequence[tuple[Compared, Cause]], rtol: float, threshold: floa
 def _relation(cause: Cause, rtol: float) -> dict[str, Any] | None:
     """How the candidate's value differs from training's; None where one was not kept, or is a few numbers of another shape."""
     a, b = cause.reference, cause.candidate
+    if cause.times is not None:
+        ours, theirs, _ = cause.times
+        text = f"the service's line runs {ours} times and training's {theirs} times"
+        numbers = {"candidate": ours, "reference": theirs}
+        return {"kind": "number", "text": text, "numbers": numbers, "largest": None, "relative": None}
     if a is None or b is None or (max(a.size, b.size) < FEW and np.squeeze(a).shape != np.squeeze(b).shape):
         return None
     described = describe(a, b, rtol=rtol)

@@ -149,6 +149,8 @@ def _cause(report: dict[str, Any], number: int, cause: dict[str, Any]) -> str:
     ]
     rows.append(("found", frequency(report, cause), True))
     rows += [(way, text, True) for way, text in effects(cause)]
+    if cause["put_right_at"]:
+        rows.append(("put right at", step(cause["put_right_at"]), True))
     if cause["changed_unseen"]:
         rows.append(("note", CHANGED_UNSEEN, True))
     lines: list[str] = []
@@ -178,6 +180,7 @@ KINDS = {
     "other": "computed otherwise",
     "missing": "steps left out",
     "extra": "a step too many",
+    "number": "another number of runs",
     "unlike": "nothing like it in training",
 }
 
