@@ -409,8 +409,8 @@ class Recorder:
 
     @_unseen
     def _items(self, value: Any) -> list[Item]:
-        if isinstance(value, float | np.number):
-            return [self._item(Found("", "number", value, np.asarray(value)))] if float(value) in self._numbers else []
+        if (number := number_of(value)) is not None:
+            return [self._item(Found("", "number", value, number))] if float(value) in self._numbers else []
         if isinstance(value, slice):
             return [i for part in (value.start, value.stop, value.step) for i in self._items(part)]
         if value is None or isinstance(value, bool | int | str | bytes | type):

@@ -18,6 +18,8 @@ from skewless.programs.trace import Site
 HOOKS = "__skewless__"
 # They look at the frame or the names around them, and never return an array.
 _UNTOUCHED = {"super", "locals", "globals", "vars", "dir", "eval", "exec"}
+# They compile a function from its bytecode, in which they know no hooks.
+_COMPILERS = {"numba"}
 _TEXT = 160
 
 
@@ -29,8 +31,16 @@ class Rewriter(ast.NodeTransformer):
         self._lines = source.splitlines()
         self._inside: list[str] = []
         self._statement_line = 0
+        self._compilers: set[str] = set()
+        self._compiled: set[str] = set()
+        self._lambdas: set[ast.expr] = set()
 
     def rewrite(self, tree: ast.Module) -> ast.Module:
+        self._compilers = _imported(tree, _COMPILERS)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and self._is_compiler(node.func):
+                self._compiled |= {arg.id for arg in node.args if isinstance(arg, ast.Name)}
+                self._lambdas |= {arg for arg in node.args if isinstance(arg, ast.Lambda)}
         return ast.fix_missing_locations(self.visit(tree))
 
     def visit(self, node: ast.AST) -> Any:
@@ -167,7 +177,18 @@ class Rewriter(ast.NodeTransformer):
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AsyncFunctionDef:
         return self._function(node)
 
+    def _is_compiler(self, node: ast.expr) -> bool:
+        """Whether an expression is a decorator of a compiler, such as `njit`, `numba.njit` or `njit(cache=True)`."""
+        if ast.unparse(node.func if isinstance(node, ast.Call) else node) == "torch.compile":
+            return True
+        while isinstance(node, ast.Attribute | ast.Call):
+            node = node.value if isinstance(node, ast.Attribute) else node.func
+        return isinstance(node, ast.Name) and node.id in self._compilers
+
     def _function(self, node: Any) -> Any:
+        if node.name in self._compiled or any(map(self._is_compiler, node.decorator_list)):
+            # A call of it is noted like one into a library.
+            return node
         # Decorators and annotations stay as they are; defaults are values.
         node.args.defaults = [self.visit(default) for default in node.args.defaults]
         node.args.kw_defaults = [self._visit(default) for default in node.args.kw_defaults]
@@ -175,10 +196,14 @@ class Rewriter(ast.NodeTransformer):
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        if any(map(self._is_compiler, node.decorator_list)):
+            return node
         node.body = self._within(node.name, node.body)
         return node
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.Lambda:
+        if node in self._lambdas:
+            return node
         node.args.defaults = [self.visit(default) for default in node.args.defaults]
         node.args.kw_defaults = [self._visit(default) for default in node.args.kw_defaults]
         node.body = self.visit(node.body)
@@ -280,6 +305,21 @@ class Rewriter(ast.NodeTransformer):
         left = [self._statement("escaped", node, site), ast.copy_location(ast.Raise(None, None), node)]
         handler = ast.copy_location(ast.ExceptHandler(ast.Name("BaseException", ast.Load()), None, left), node)
         return ast.copy_location(ast.Try(body, [handler], [], []), node)
+
+
+def _imported(tree: ast.Module, packages: set[str]) -> set[str]:
+    """The names that a module's imports from some packages bind."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {
+                each.asname or each.name.partition(".")[0]
+                for each in node.names
+                if each.name.partition(".")[0] in packages
+            }
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in packages:
+            names |= {each.asname or each.name for each in node.names}
+    return names
 
 
 def _is_plain(node: ast.expr) -> bool:

@@ -92,13 +92,15 @@ def array_of(value: Any) -> tuple[str, np.ndarray] | None:
         return ("numpy", np.asarray(_repeated_once(value))) if value.dtype.kind in "biufc" and value.size else None
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
-        if not value.numel() or value.is_quantized or value.layout != torch.strided or value.device.type == "meta":
+        if not _has_numbers(value, torch):
             return None
         tensor = value.detach()
         if value.numel() > MOST_REPEATED * (held := value.untyped_storage().nbytes() // value.element_size()) > 0:
             tensor = tensor.as_strided((held,), (1,), 0)
         tensor = tensor.cpu().resolve_conj().resolve_neg()
-        return "torch", (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        # numpy has no bfloat16 and no eight-bit floats.
+        known = not tensor.is_floating_point() or tensor.dtype in (torch.float16, torch.float32, torch.float64)
+        return "torch", (tensor if known else tensor.float()).numpy()
     pillow = sys.modules.get("PIL.Image")
     if pillow is not None and isinstance(value, pillow.Image):
         pixels = np.asarray(value)
@@ -111,6 +113,15 @@ def array_of(value: Any) -> tuple[str, np.ndarray] | None:
     return None
 
 
+def _has_numbers(tensor: Any, torch: Any) -> bool:
+    """Whether a tensor has numbers that can be read: none while torch.vmap, torch.func.grad or a tracer goes through a function."""
+    if torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_nested:
+        return False
+    if tensor.is_quantized or tensor.layout != torch.strided or tensor.device.type == "meta":
+        return False
+    return bool(tensor.numel())
+
+
 def _repeated_once(array: np.ndarray) -> np.ndarray:
     base = array.base
     if isinstance(base, np.ndarray) and array.size > MOST_REPEATED * base.size:
@@ -121,12 +132,12 @@ def _repeated_once(array: np.ndarray) -> np.ndarray:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool | np.timedelta64)
 
 
 def number_of(value: Any) -> np.ndarray | None:
     """A single number that may come out of an array: a float, or a number of numpy's. Python's ints are sizes and indices."""
-    if isinstance(value, float | np.floating | np.integer):
+    if isinstance(value, float | np.floating | np.integer) and not isinstance(value, np.timedelta64):
         return np.asarray(value)
     return None
 

@@ -1,6 +1,7 @@
 """Recordings and pictures for the programs beside this file, made in code: each call with the same arguments writes the same file."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -51,7 +52,7 @@ def picture(path: Path, width: int = 301, height: int = 217, orientation: int = 
     pixels += rng.normal(0, 12, pixels.shape)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    options = {"quality": 95} if path.suffix == ".jpg" else {}
+    options: dict[str, Any] = {"quality": 95} if path.suffix == ".jpg" else {}
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, exif=exif, **options)
     return path
 
