@@ -453,9 +453,6 @@ class Comparison:
                 continue
             seen.add(digest)
             if (maker := self.reference_graph.maker(digest)) is not None and maker is not event:
-                # A peak or a mean that the line itself divides by is no step of its own.
-                if all(self.reference.values[o.digest].size == 1 for o in maker.outputs):
-                    continue
                 if maker.site.whole != event.site.whole:
                     found[maker.site.whole] = max(maker, found.get(maker.site.whole, maker), key=lambda e: e.number)
                 waiting += [i.digest for i in maker.inputs]
