@@ -94,7 +94,7 @@ def numbers(trace: Trace, event: Event, path: str = "") -> np.ndarray:
 # --- 1. the program means what it meant
 
 # Writes what a program returned as text, every number to its last bit, with names of types for types of its own.
-TELL = '''
+TELL = """
 import json
 import re
 import sys
@@ -126,7 +126,7 @@ def write(path):
     out = {name: told(result) for name, result in awkward.awkward(path).items()}
     Path(path + sys.argv[-1] * (len(sys.argv) > 1)).with_suffix(".json").write_text(json.dumps(out))
     return np.zeros(3)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,21 @@ def test_an_exception_has_the_lines_and_words_that_it_has_without_instrumentatio
                 lambda: inner(1),
                 lambda: np.zeros(2).mean(axis=7),
                 lambda: inner(),
+                lambda: (np.zeros((2, 3))
+                         .reshape(3, 2)
+                         .reshape(5, 5)
+                         .mean()),
+                lambda: np.reshape(
+                    np.zeros(3),
+                    (2, 2),
+                ),
+                lambda: [
+                    np.zeros(2)
+                    .nothing,
+                ],
+                lambda: np.zeros(2)[
+                    (1, 2)
+                ],
                 lambda: -"text",
                 lambda: "a" < 1,
                 lambda: [1][5],
