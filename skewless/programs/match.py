@@ -28,6 +28,8 @@ class Graph:
     def __init__(self, trace: Trace):
         self.trace = trace
         self._made: dict[str, Event] = {}
+        # By statement: `x / x.abs().max()` makes the maximum itself, though the line before may have made it as well.
+        self._made_within: dict[tuple[str, int], dict[str, Event]] = defaultdict(dict)
         self.used: dict[str, list[Event]] = defaultdict(list)
         for event in trace.events:
             inputs = {item.digest for item in event.inputs}
@@ -35,11 +37,16 @@ class Graph:
                 # An event that hands a value on, such as `.float()` of a float, has not made it.
                 if item.digest not in inputs:
                     self._made.setdefault(item.digest, event)
+                    self._made_within[event.site.whole].setdefault(item.digest, event)
             for digest in inputs:
                 self.used[digest].append(event)
 
     def maker(self, digest: str) -> Event | None:
         return self._made.get(digest)
+
+    def maker_for(self, digest: str, event: Event) -> Event | None:
+        """Which event made a value for this one: one of the same statement, if there is one."""
+        return self._made_within[event.site.whole].get(digest) or self._made.get(digest)
 
     def leading_to(self, items: Sequence[Item]) -> list[Event]:
         """The events that the items depend on, in order."""
@@ -452,7 +459,7 @@ class Comparison:
             if digest in seen or self.has(digest) is not None:
                 continue
             seen.add(digest)
-            if (maker := self.reference_graph.maker(digest)) is not None and maker is not event:
+            if (maker := self.reference_graph.maker_for(digest, event)) is not None and maker is not event:
                 if maker.site.whole != event.site.whole:
                     found[maker.site.whole] = max(maker, found.get(maker.site.whole, maker), key=lambda e: e.number)
                 waiting += [i.digest for i in maker.inputs]

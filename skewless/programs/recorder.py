@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from skewless.programs.trace import Call, Event, Item, Site, Swallowed, Trace, Value
-from skewless.programs.values import Found, array_of, find, measure, number_of, replaced, state
+from skewless.programs.values import Found, array_of, find, measure, number_of, replaced, state, unseen
 
 # A line that runs more often than this is a loop over single numbers; what it does later is counted, not recorded.
 MOST_RUNS = 2000
@@ -78,7 +78,8 @@ def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
     def looking(self: Recorder, *args: Any, **keywords: Any) -> Any:
         before, self._local.looking = self.looking, True
         try:
-            return method(self, *args, **keywords)
+            with unseen():
+                return method(self, *args, **keywords)
         finally:
             self._local.looking = before
 

@@ -63,7 +63,11 @@ class Rewriter(ast.NodeTransformer):
     @staticmethod
     def _hook(name: str, at: ast.AST, *args: ast.expr) -> ast.expr:
         hook = ast.Attribute(ast.Name(HOOKS, ast.Load()), name, ast.Load())
-        return ast.copy_location(ast.Call(hook, list(args), []), at)
+        call = ast.copy_location(ast.Call(hook, list(args), []), at)
+        # A method's call counts as being on the line where its name ends, which for a hook is to be where the expression begins.
+        hook.lineno = hook.end_lineno = call.lineno
+        hook.col_offset = hook.end_col_offset = call.col_offset
+        return call
 
     def _statement(self, name: str, at: ast.AST, *args: ast.expr) -> ast.stmt:
         return ast.copy_location(ast.Expr(self._hook(name, at, *args)), at)
@@ -108,7 +112,10 @@ class Rewriter(ast.NodeTransformer):
         if name in _UNTOUCHED:
             return ast.copy_location(ast.Call(function, args, keywords), node)
         noted = self._hook("function", node, site, function)
-        return self._hook("result", node, site, ast.copy_location(ast.Call(noted, args, keywords), node))
+        call: ast.expr = ast.copy_location(ast.Call(noted, args, keywords), node)
+        if isinstance(called, ast.Attribute):
+            call = _at_name(call, called)
+        return self._hook("result", node, site, call)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
         site = self._site(node)
@@ -155,7 +162,9 @@ class Rewriter(ast.NodeTransformer):
         if not isinstance(node.ctx, ast.Load) or private:
             self.generic_visit(node)
             return node
-        return self._hook("attribute", node, self._site(node), self.visit(value), ast.Constant(node.attr))
+        return _at_name(
+            self._hook("attribute", node, self._site(node), self.visit(value), ast.Constant(node.attr)), node
+        )
 
     def visit_Await(self, node: ast.Await) -> ast.expr:
         site = self._site(node)
@@ -320,6 +329,17 @@ def _imported(tree: ast.Module, packages: set[str]) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in packages:
             names |= {each.asname or each.name for each in node.names}
     return names
+
+
+def _at_name(new: ast.expr, attribute: ast.Attribute) -> ast.expr:
+    """With `.mean` on a line of its own, a traceback names that line, and not the one on which the expression begins."""
+    line, end = attribute.end_lineno, attribute.end_col_offset
+    assert line is not None and end is not None
+    new.lineno, new.col_offset = line, end - len(attribute.attr)
+    if isinstance(new, ast.Call) and isinstance(new.func, ast.Attribute):
+        new.func.lineno = new.func.end_lineno = line
+        new.func.col_offset = new.func.end_col_offset = new.col_offset
+    return new
 
 
 def _is_plain(node: ast.expr) -> bool:

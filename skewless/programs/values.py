@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,8 +87,21 @@ def _unordered(flat: np.ndarray) -> int:
         return int((bits ^ (bits >> np.uint64(31))).sum(dtype=np.uint64))
 
 
+def unseen() -> AbstractContextManager[Any]:
+    """Within it, a tensor of a class of the user's is looked at without its `__torch_function__`, which would take note of that."""
+    torch = sys.modules.get("torch")
+    # A program may be in the middle of importing torch.
+    guard = getattr(getattr(torch, "_C", None), "DisableTorchFunctionSubclass", None)
+    return nullcontext() if guard is None else guard()
+
+
 def array_of(value: Any) -> tuple[str, np.ndarray] | None:
     """(kind, numbers) of an array-like value, None for anything else. A tensor's numbers are those it has now, not a view."""
+    with unseen():
+        return _array_of(value)
+
+
+def _array_of(value: Any) -> tuple[str, np.ndarray] | None:
     if isinstance(value, np.ndarray):
         return ("numpy", np.asarray(_repeated_once(value))) if value.dtype.kind in "biufc" and value.size else None
     torch = sys.modules.get("torch")
