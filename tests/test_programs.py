@@ -1,7 +1,6 @@
 """Two programs compared line by line: what is recorded, which lines are named, what is told of wrong input."""
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -12,12 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from skewless.errors import UsageError
 from skewless.programs.diff import diff
 from skewless.programs.program import TracedFunction, function_of
-from skewless.programs.recorder import MIB, MOST_RUNS
 from skewless.programs.trace import Event, Trace
-from skewless.programs.worker import ProgramError
 from tests.programs import inputs
 
 PROGRAMS = Path(__file__).parent / "programs"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -146,13 +146,16 @@ def _repeated_once(array: np.ndarray) -> np.ndarray:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool | np.timedelta64)
+    if isinstance(value, np.number):
+        # A difference of times is an integer to numpy.
+        return value.dtype.kind in "iufc"
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def number_of(value: Any) -> np.ndarray | None:
     """A single number that may come out of an array: a float, or a number of numpy's. Python's ints are sizes and indices."""
-    if isinstance(value, float | np.floating | np.integer) and not isinstance(value, np.timedelta64):
-        return np.asarray(value)
+    if isinstance(value, float | np.floating | np.integer) and (number := np.asarray(value)).dtype.kind in "iuf":
+        return number
     return None
 
 
@@ -165,9 +168,7 @@ def _find(value: Any, path: str, notes: Callable[[str], None], depth: int) -> It
     known = array_of(value)
     if known is not None:
         yield Found(path, known[0], value, known[1])
-    elif (depth and isinstance(value, list | tuple | Mapping)) or dataclasses.is_dataclass(value):
-        if isinstance(value, type):
-            return
+    elif depth and (isinstance(value, list | tuple | dict) or _fields(value)):
         parts = list(_parts(value))
         if len(parts) > MOST_ITEMS:
             notes(f"a {type(value).__name__} of {len(parts):,} elements: only the first {MOST_ITEMS:,} are recorded")
@@ -219,9 +220,9 @@ def replaced(value: Any, path: str, array: np.ndarray) -> Any:
     if not path:
         return _held_like(value, array)
     step, rest = _first_step(path)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         key = next(k for k in value if f"[{k!r}]" == step)
-        return type(value)({**value, key: replaced(value[key], rest, array)})  # type: ignore[call-arg]
+        return type(value)({**value, key: replaced(value[key], rest, array)})
     if isinstance(value, list | tuple):
         at = int(step[1:-1])
         parts = [*value[:at], replaced(value[at], rest, array), *value[at + 1 :]]
