@@ -168,7 +168,11 @@ class Recorder:
 
     def function(self, site: int, function: Any) -> Any:
         if not self.looking:
-            self._pending[id(sys._getframe(1)), site] = _Pending(function)
+            pending = self._pending[id(sys._getframe(1)), site] = _Pending(function)
+            owner = _owner(function)
+            if owner is not None and type(owner) not in _CONTAINERS and not self._is_own(function):
+                # Before the call, which may change it: `x.sort()`.
+                pending.items += self._items(owner)
         return function
 
     def argument(self, site: int, value: Any, name: str | None = None) -> Any:
@@ -204,13 +208,12 @@ class Recorder:
     @_unseen
     def _called(self, site: int, pending: _Pending, value: Any) -> Any:
         function = pending.function
-        owner = function.__self__ if inspect.isroutine(function) and hasattr(function, "__self__") else None
-        owner = None if isinstance(owner, type) or inspect.ismodule(owner) else owner
+        owner = _owner(function)
         if type(owner) in _CONTAINERS or self._is_own(function):
             return value
         inputs = pending.items
         if owner is not None:
-            inputs = [*self._items(owner), *self._state(owner), *inputs]
+            inputs = [*self._state(owner), *inputs]
         elif not isinstance(function, type):
             inputs = [*self._state(function), *inputs]
         call = self._call(pending)
@@ -265,20 +268,27 @@ class Recorder:
 
     def binary(self, site: int, name: str, left: Any, right: Any) -> Any:
         symbol, operation = _OPERATORS[name]
-        if self.looking:
+        if self.looking or self._too_often(site):
             return operation(left, right)
         inputs = [*self._items(left), *self._items(right)]
         return self._done(site, symbol, inputs, operation(left, right))
 
+    def _too_often(self, site: int) -> bool:
+        """Whether a line's runs are only counted by now: looking at what it is given takes longer than what it does."""
+        if self._runs[site] < MOST_RUNS:
+            return False
+        self._runs[site] += 1
+        return True
+
     def unary(self, site: int, name: str, operand: Any) -> Any:
         symbol, operation = _OPERATORS[name]
-        if self.looking:
+        if self.looking or self._too_often(site):
             return operation(operand)
         inputs = self._items(operand)
         return self._done(site, symbol, inputs, operation(operand))
 
     def inplace(self, site: int, name: str, left: Any, right: Any) -> Any:
-        if self.looking:
+        if self.looking or self._too_often(site):
             return _IN_PLACE[name](left, right)
         inputs = [*self._items(left), *self._items(right)]
         return self._done(site, f"{_OPERATORS[name][0]}=", inputs, _IN_PLACE[name](left, right))
@@ -294,7 +304,7 @@ class Recorder:
         return done
 
     def item(self, site: int, container: Any, index: Any) -> Any:
-        if self.looking or type(container) in _CONTAINERS or isinstance(container, type):
+        if self.looking or type(container) in _CONTAINERS or isinstance(container, type) or self._too_often(site):
             return operator.getitem(container, index)
         if not (inputs := self._items(container)):
             return operator.getitem(container, index)
@@ -498,6 +508,12 @@ def _written_into(container: Any, array: np.ndarray) -> Any:
     else:
         raise ValueError(f"a {type(container).__name__} that was changed in place")
     return container
+
+
+def _owner(function: Any) -> Any:
+    """The object whose method a function is, None for any other function."""
+    owner = function.__self__ if inspect.isroutine(function) and hasattr(function, "__self__") else None
+    return None if isinstance(owner, type) or inspect.ismodule(owner) else owner
 
 
 def _plain(function: Any) -> Any:

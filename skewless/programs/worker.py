@@ -134,7 +134,11 @@ class Program(importlib.abc.MetaPathFinder):
         recorder = Recorder(self._sites, self._is_own_module, run.substitutes, run.memory, str(run.file))
         setattr(builtins, HOOKS, recorder)
         _seed()
+        unseeded = "torch" not in sys.modules
         function = self._load()
+        if unseeded and "torch" in sys.modules:
+            # It may have drawn numbers of torch's already, which begins with a random seed.
+            return self.run(run)
         given = _argument(function, run.file)
         began = time.perf_counter()
         try:
@@ -142,6 +146,8 @@ class Program(importlib.abc.MetaPathFinder):
         except (Exception, SystemExit) as error:
             raise ProgramError(f"{self.function.name} raised on {run.file.name}: {_told(error, self)}") from error
         seconds = time.perf_counter() - began
+        if unseeded and "torch" in sys.modules:
+            return self.run(run)
         if run.plain:
             recorder = Recorder(self._sites, self._is_own_module, {}, run.memory)
         sources = {self._shown(Path(path)): source for path, (_, source) in self._files.items()}
