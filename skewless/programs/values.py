@@ -132,15 +132,17 @@ def _repeated_once(array: np.ndarray) -> np.ndarray:
 
 
 def _number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float | np.number) and not isinstance(value, bool) and type(value) is not np.timedelta64
-    )
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and not _is_duration(value)
+
+
+def _is_duration(value: Any) -> bool:
+    """numpy counts its durations among the integers."""
+    return isinstance(value, np.timedelta64)
 
 
 def number_of(value: Any) -> np.ndarray | None:
     """A single number that may come out of an array: a float, or a number of numpy's. Python's ints are sizes and indices."""
-    # A duration of numpy's is an integer to it.
-    if isinstance(value, float | np.floating | np.integer) and type(value) is not np.timedelta64:
+    if isinstance(value, float | np.floating | np.integer) and not _is_duration(value):
         return np.asarray(value)
     return None
 
