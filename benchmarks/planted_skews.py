@@ -43,7 +43,8 @@ class Found:
 
     right: the lines that are right to name; named: those that were, in order, each as "file:line". agree: whether the results are the same once
     training's values are in place. relative: the largest difference of the results relative to training's largest number, None
-    where their shapes differ. relation: how the first named value differs from training's.
+    where their shapes differ. rows: training's number of segments and the service's, where they differ; relative is then over those
+    that both have. relation: how the first named value differs from training's.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Found:
     named: tuple[str, ...]
     agree: bool
     relative: float | None
+    rows: tuple[int, ...]
     relation: str
     seconds: float
 
@@ -115,6 +117,7 @@ def find_planted(scratch: Path, edits: Sequence[Skew]) -> list[Found]:
                     tuple(f"{c['place']['file']}:{c['place']['line']}" for c in causes),
                     file["same_in_the_end"],
                     file["input_relative"],
+                    tuple(file["rows"] or ()),
                     told["text"] if told else "",
                     seconds,
                 )
@@ -181,6 +184,8 @@ def found_as_markdown(found: Sequence[Found]) -> str:
     ]
     for each in planted:
         change = "other shape" if each.relative is None else f"{each.relative:.1e}"
+        if each.rows:
+            change += f" over the segments that both have (training {each.rows[0]}, the service {each.rows[1]})"
         lines.append(
             f"| `{each.name}` | {each.kind} | {_lines(each.right)} | {_lines(each.named)} | {_yes(each.first_is_right)} "
             f"| {_lines(each.besides)} | {_yes(each.agree)} | {change} | {_cell(each.relation)} |"

@@ -47,13 +47,12 @@ class Value:
     """The numbers of one array or number, whoever held them.
 
     digest: equal for equal numbers in the same order, whatever their floating-point type, memory layout and axes of length 1.
-    unordered: equal for the same numbers in any order. shape: without axes of length 1. size: how many numbers.
+    shape: without axes of length 1. size: how many numbers.
     sample: at most 256 of the numbers, evenly spaced in row-major order, float64.
     low, high, mean, rms: of the finite numbers. finite: whether all are.
     """
 
     digest: str
-    unordered: str
     shape: tuple[int, ...]
     size: int
     sample: np.ndarray = field(repr=False, compare=False)

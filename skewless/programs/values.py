@@ -54,7 +54,6 @@ def measure(array: np.ndarray) -> Value:
     )
     return Value(
         digest.hexdigest(),
-        f"{flat.size}-{_unordered(flat):016x}",
         numbers.shape,
         int(flat.size),
         flat[places].astype(np.float64),
@@ -76,23 +75,6 @@ def canonical(array: np.ndarray) -> np.ndarray:
         narrow = array.astype(np.float64)
     # Minus zero is zero.
     return narrow + narrow.dtype.type(0)
-
-
-def _unordered(flat: np.ndarray) -> int:
-    """A sum over a hash of each number: the same in whatever order they stand (the mixing is that of splitmix64)."""
-    bits = np.ascontiguousarray(flat).view(np.uint32 if flat.dtype == np.float32 else np.uint64).astype(np.uint64)
-    with np.errstate(over="ignore"):
-        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return int((bits ^ (bits >> np.uint64(31))).sum(dtype=np.uint64))
-
-
-def unseen() -> AbstractContextManager[Any]:
-    """Within it, a tensor of a class of the user's is looked at without its `__torch_function__`, which would take note of that."""
-    torch = sys.modules.get("torch")
-    # A program may be in the middle of importing torch.
-    guard = getattr(getattr(torch, "_C", None), "DisableTorchFunctionSubclass", None)
-    return nullcontext() if guard is None else guard()
 
 
 def array_of(value: Any) -> tuple[str, np.ndarray] | None:
