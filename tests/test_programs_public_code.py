@@ -187,6 +187,10 @@ def computed(path):
 }
 
 
+# Each of these programs runs twice, with the libraries that it is copied from.
+pytestmark = pytest.mark.chain
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("inputs")

@@ -36,16 +36,20 @@ class TracedFunction:
     def __init__(self, function: Function, memory: int = 256 * MIB):
         self.name = f"{function.module.name}:{function.name}"
         self._memory = memory
+        self._function = function
+        self._process = self._started()
+        self._ask(function)
+
+    def _started(self) -> subprocess.Popen[bytes]:
         # The child finds this package where this process did.
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-c", "from skewless.programs.worker import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
         )
-        self._ask(function)
 
     def __enter__(self) -> TracedFunction:
         return self
@@ -57,10 +61,18 @@ class TracedFunction:
 
     def exchange(self, function: Function) -> None:
         """Run another function in the same process, which has its libraries loaded already."""
+        self._function = function
         self._ask(function)
         self.name = f"{function.module.name}:{function.name}"
 
     def run(self, file: Path, substitutes: Substitutes | None = None, *, plain: bool = False) -> Trace:
+        if not file.is_file():
+            raise UsageError(f"there is no file {file}")
+        if self._process.poll() is not None:
+            # It ended on the file before. That is no reason not to try this one.
+            self.close()
+            self._process = self._started()
+            self._ask(self._function)
         trace = self._ask(Run(file.resolve(), substitutes or {}, self._memory, plain))
         assert trace is not None
         return trace

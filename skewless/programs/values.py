@@ -35,7 +35,8 @@ class Found(NamedTuple):
 def measure(array: np.ndarray) -> Value:
     """The Value of numbers of any type and shape; complex numbers are pairs along a last axis."""
     numbers = canonical(array)
-    digest = hashlib.blake2b(repr(numbers.shape).encode(), digest_size=16)
+    # Half of SHA-256, which processors compute faster than other digests.
+    digest = hashlib.sha256(repr(numbers.shape).encode())
     digest.update(np.ascontiguousarray(numbers).data)
     flat = numbers.reshape(-1)
     places = np.linspace(0, flat.size - 1, min(SAMPLE, flat.size)).astype(np.int64)
@@ -53,7 +54,7 @@ def measure(array: np.ndarray) -> Value:
         else (0.0, 0.0, 0.0, 0.0)
     )
     return Value(
-        digest.hexdigest(),
+        digest.hexdigest()[:32],
         numbers.shape,
         int(flat.size),
         flat[places].astype(np.float64),
@@ -75,6 +76,14 @@ def canonical(array: np.ndarray) -> np.ndarray:
         narrow = array.astype(np.float64)
     # Minus zero is zero.
     return narrow + narrow.dtype.type(0)
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """Within it, a tensor of a class of the user's is looked at without its `__torch_function__`, which would take note of that."""
+    torch = sys.modules.get("torch")
+    # A program may be in the middle of importing torch.
+    guard = getattr(getattr(torch, "_C", None), "DisableTorchFunctionSubclass", None)
+    return nullcontext() if guard is None else guard()
 
 
 def array_of(value: Any) -> tuple[str, np.ndarray] | None:
