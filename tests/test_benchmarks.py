@@ -223,7 +223,8 @@ def test_startup_refuses(name, arguments, said, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["preprocessing", "runtimes", "archive_variants", "variants", "voice", "serving", "startup"]
+    "name",
+    ["preprocessing", "runtimes", "archive_variants", "variants", "voice", "serving", "startup", "planted_skews"],
 )
 def test_each_runs_as_its_docstring_says(name):
     done = subprocess.run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -110,8 +110,10 @@ class Search:
         # Where the candidate's own parts were kept: what leads there still matters.
         self._partial, self._left_out = set(), set()
         stopped = ""
+        rounds = 0
         while not comparison.outputs_same():
-            if len(causes) == MOST_CAUSES:
+            rounds += 1
+            if len(causes) == MOST_CAUSES or rounds == 4 * MOST_CAUSES:
                 stopped = f"there are more than {MOST_CAUSES} such lines"
                 break
             partings = comparison.partings(left)
@@ -444,9 +446,3 @@ def versions_apart(reference: Mapping[str, str], candidate: Mapping[str, str]) -
         for name in reference
         if candidate.get(name, reference[name]) != reference[name]
     ]
-
-
-def most_moved(causes: Sequence[Cause]) -> Cause | None:
-    """The cause whose correction moves the result furthest."""
-    moved = [(distance_of(c.after, c.before).largest or 0.0, n) for n, c in enumerate(causes) if c.after is not None]
-    return causes[max(moved)[1]] if moved else None

@@ -344,9 +344,6 @@ class Recorder:
                 self.assigned(site, part, name)
         return value
 
-    def returned(self, site: int, value: Any) -> Any:
-        return value
-
     def storing(self, site: int, value: Any, container: Any) -> Any:
         """Before `container[...] = value`. What that makes of the container is noted when it is used: a loop may write a million times."""
         key = id(container)
@@ -544,6 +541,11 @@ def _name(function: Any) -> str:
         return _public(f"{module}.{kind.__qualname__}.{function.__name__}")
     if isinstance(function, type) or inspect.isroutine(function):
         module = getattr(function, "__module__", None) or (owner.__name__ if inspect.ismodule(owner) else "builtins")
+        package = module.partition(".")[0]
+        name = getattr(function, "__name__", "")
+        if name and getattr(sys.modules.get(package), name, None) is function:
+            # numpy.stack, wherever numpy keeps it.
+            return f"{package}.{name}"
         return _public(f"{module}.{getattr(function, '__qualname__', function.__name__)}")
     return _public(f"{type(function).__module__}.{type(function).__qualname__}.__call__")
 

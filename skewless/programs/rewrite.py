@@ -231,12 +231,6 @@ class Rewriter(ast.NodeTransformer):
             done.extend(new if isinstance(new, list) else [new])
         return done
 
-    def visit_Return(self, node: ast.Return) -> ast.Return:
-        if node.value is not None:
-            site = self._site(node)
-            node.value = self._hook("returned", node, site, self.visit(node.value))
-        return node
-
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
         node.value = self._visit(node.value)
         if node.value is not None and isinstance(node.target, ast.Name):
