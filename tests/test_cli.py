@@ -36,6 +36,8 @@ COMMANDS = [
     "verify",
     "export",
     "skew",
+    "trace",
+    "diff",
     "serve",
     "register",
     "smoke",

@@ -39,6 +39,8 @@ _YAML = ("load", "load_all", "unsafe_load", "full_load", "unsafe_load_all", "ful
 # Where modules are imported by a name that is data: the catalogue's own, Python files of a definition's folder, and the
 # synthesisers of corpora, of a fixed list.
 _IMPORTS = {"skewless/core/catalogue.py", "skewless/core/own_code.py", "skewless/demos/__init__.py"}
+# `skewless diff` and `trace` run a function that the user names, in a process of its own, and talk to that process.
+_USERS_PROGRAM = {"skewless/programs/program.py", "skewless/programs/worker.py"}
 
 
 def runs_what_it_reads(source: str, file: str) -> list[str]:
@@ -100,7 +102,9 @@ def test_no_code_of_ours_runs_what_it_reads():
     assert len(files) > 100
     found = []
     for path in files:
-        found += runs_what_it_reads(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+        name = path.relative_to(ROOT).as_posix()
+        if name not in _USERS_PROGRAM:
+            found += runs_what_it_reads(path.read_text(encoding="utf-8"), name)
     assert not found
 
 
