@@ -186,11 +186,12 @@ class Program(importlib.abc.MetaPathFinder):
 
     def _attribute(self, holder: Any, name: str) -> Any:
         if not hasattr(holder, name):
-            known = (
-                [n for n, v in vars(holder).items() if callable(v) and not n.startswith("_")]
-                if hasattr(holder, "__dict__")
-                else []
-            )
+            own = getattr(holder, "__name__", "") if inspect.ismodule(holder) else None
+            known = [
+                n
+                for n, v in getattr(holder, "__dict__", {}).items()
+                if callable(v) and not n.startswith("_") and own in (None, getattr(v, "__module__", None))
+            ]
             raise ProgramError(
                 f"{self.function.module} has no {self.function.name}; it has {', '.join(sorted(known)) or 'no functions'}"
             )
