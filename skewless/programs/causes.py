@@ -139,7 +139,7 @@ class Search:
             plan, before = new, outcome
             if parting.site.whole in left:
                 self._partial |= plan.keys() - comparison.put
-            comparison = Comparison(reference, after, self._rtol, plan.keys() - self._partial, self._left_out)
+            comparison = self._after(comparison, after, plan)
         return Compared(
             name, reference, candidate, target, first, tuple(causes), first_same, comparison.outputs_same(), stopped
         )
@@ -161,13 +161,15 @@ class Search:
         if _other_number(parting, comparison):
             for earlier in comparison.upstream(parting, left):
                 fixed = self._fix(earlier, comparison, plan, run)
-                if not isinstance(fixed, str) and not _parts_at(self._following(comparison, fixed), parting):
+                if not isinstance(fixed, str) and not _parts_at(self._after(comparison, fixed[2], fixed[1]), parting):
                     return earlier, earlier, *fixed
         fixed = reason = self._fix(parting, comparison, plan, run)
         if not isinstance(fixed, str):
             for earlier in comparison.weaker(parting) if fixed[0].kind == "missing" else ():
                 better = self._fix(earlier, comparison, plan, run)
-                if not isinstance(better, str) and not _parts_at(self._following(comparison, better), parting):
+                if not isinstance(better, str) and not _parts_at(
+                    self._after(comparison, better[2], better[1]), parting
+                ):
                     return earlier, earlier, *better
             return parting, parting, *fixed
         later_lines = comparison.downstream(parting)
@@ -194,8 +196,8 @@ class Search:
             # Then the whole of training's value is tried.
             return None
 
-    def _following(self, comparison: Comparison, fixed: tuple[Counterpart, Plan, Trace]) -> Comparison:
-        return Comparison(comparison.reference, fixed[2], self._rtol, fixed[1].keys() - self._partial, self._left_out)
+    def _after(self, comparison: Comparison, run: Trace, plan: Plan) -> Comparison:
+        return comparison.after(run, plan.keys() - self._partial, self._left_out)
 
     def _fix(
         self, parting: Parting, comparison: Comparison, plan: Plan, run: Callable[[Side, Plan], Trace]
@@ -213,9 +215,7 @@ class Search:
             except ProgramError as error:
                 reason = f"training's value cannot be put in its place: {error}"
                 continue
-            following = Comparison(
-                comparison.reference, after, self._rtol, {**plan, **new}.keys() - self._partial, self._left_out
-            )
+            following = self._after(comparison, after, {**plan, **new})
             same = following.outputs_same()
             if not same and _parts_at(following, parting):
                 reason = "training's value in its place changes nothing"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -176,10 +177,10 @@ class Values:
 
 def largest_difference(reference: np.ndarray, candidate: np.ndarray, limit: float) -> float | None:
     """The largest absolute difference of two arrays of one shape, None where it is above the limit. NaN equals NaN."""
+    theirs, ours = canonical(reference).astype(np.float64), canonical(candidate).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(canonical(reference).astype(np.float64) - canonical(candidate).astype(np.float64))
-    bad = np.isnan(distance)
-    if bad.any() and not np.array_equal(np.isnan(canonical(reference)), np.isnan(canonical(candidate))):
+        distance = np.abs(theirs - ours)
+    if np.isnan(distance).any() and not np.array_equal(np.isnan(theirs), np.isnan(ours)):
         return None
     largest = float(np.nanmax(distance, initial=0.0))
     return largest if largest <= limit else None
@@ -206,14 +207,12 @@ class Parting:
     """The first line of the candidate whose inputs training had, and whose result it never has.
 
     site: the first expression that gives such a result. events: the ends of its statement, one for each run. counterparts: what training
-    may do there, the most likely first. common: the last values that both have, as training's digests. unknown: whether an input was
-    changed in a way that was not seen.
+    may do there, the most likely first. unknown: whether an input was changed in a way that was not seen.
     """
 
     site: Site
     events: tuple[Event, ...]
     counterparts: tuple[Counterpart, ...]
-    common: tuple[str, ...]
     unknown: bool = False
 
 
@@ -233,6 +232,17 @@ class Comparison:
         self.reference, self.candidate, self.rtol = reference, candidate, rtol
         self._theirs, self._ours = Values(reference, rtol), Values(candidate, rtol)
         self.graph, self.reference_graph = Graph(candidate), Graph(reference)
+
+    def after(
+        self, candidate: Trace, put: Collection[tuple[Site, int]], but: Collection[tuple[Site, int]]
+    ) -> Comparison:
+        """The same reference against another run of the candidate; what was found out about the reference is not found out again."""
+        following = copy.copy(self)
+        following.put, following._but = frozenset(put), frozenset(but)
+        following.candidate = candidate
+        following._ours, following.graph = Values(candidate, self.rtol), Graph(candidate)
+        following.__dict__.pop("_unmatched", None)
+        return following
 
     def had(self, digest: str) -> str | None:
         """The reference's digest of a value of the candidate, None where the reference never has it."""
@@ -275,7 +285,7 @@ class Comparison:
 
     def _partings(self, waiting: list[str], outputs: set[str], but: Collection[tuple[str, int]]) -> list[Parting]:
         seen: set[str] = set()
-        first: dict[tuple[str, int], dict[int, Event]] = defaultdict(dict)
+        first: dict[int, Event] = {}
         unknown: set[tuple[str, int]] = set()
         while waiting:
             digest = waiting.pop()
@@ -290,13 +300,10 @@ class Comparison:
             followed = [d for d, maker in made.items() if (maker.site, maker.occurrence) not in self._but]
             waiting += followed
             if not followed and event.site.whole not in but:
-                first[event.site.whole][event.number] = event
+                first[event.number] = event
                 if len(made) < len(set(new)):
                     unknown.add(event.site.whole)
-        found = [
-            self.parting(tuple(events[n] for n in sorted(events)), whole in unknown) for whole, events in first.items()
-        ]
-        return sorted(found, key=lambda parting: parting.events[0].number)
+        return self._by_statement(first.values(), unknown)
 
     def is_put(self, event: Event) -> bool:
         return (event.site, event.occurrence) in self.put
@@ -308,22 +315,27 @@ class Comparison:
         """A line with the runs in question: those of its statement's first expressions with a wrong result."""
         ends = {end.number: end for end in (self.graph.line_end(event, self._wrong) for event in events)}
         last = tuple(ends[number] for number in sorted(ends))
-        common = [had for e in last for d in self.graph.line_inputs(e) if (had := self.had(d)) is not None]
-        return Parting(events[0].site, last, tuple(self._counterparts(last)), tuple(dict.fromkeys(common)), unknown)
+        return Parting(events[0].site, last, tuple(self._counterparts(last)), unknown)
+
+    def _by_statement(self, events: Iterable[Event], unknown: Collection[tuple[str, int]] = ()) -> list[Parting]:
+        """One parting for each statement, in order."""
+        at: dict[tuple[str, int], list[Event]] = defaultdict(list)
+        for event in sorted(events, key=lambda each: each.number):
+            at[event.site.whole].append(event)
+        found = [self.parting(tuple(runs), whole in unknown) for whole, runs in at.items()]
+        return sorted(found, key=lambda parting: parting.events[0].number)
 
     def upstream(self, parting: Parting, but: Collection[tuple[str, int]]) -> list[Parting]:
         """Lines before a parting whose results the reference never has, though what was made of them it has, such as a shorter
         recording of which the first segments are the same. In order."""
-        first: dict[tuple[str, int], dict[int, Event]] = defaultdict(dict)
-        for event in self.graph.leading_to([i for e in parting.events for i in e.inputs]):
-            if event.site.whole in but or event.site.whole == parting.site.whole:
-                continue
-            if any(self._wrong(o.digest) for o in event.outputs) and not any(
-                self._wrong(i.digest) for i in event.inputs
-            ):
-                first[event.site.whole][event.number] = event
-        found = [self.parting(tuple(events.values())) for events in first.values()]
-        return sorted(found, key=lambda each: each.events[0].number)
+        return self._by_statement(
+            event
+            for event in self.graph.leading_to([i for e in parting.events for i in e.inputs])
+            if event.site.whole not in but
+            and event.site.whole != parting.site.whole
+            and any(self._wrong(o.digest) for o in event.outputs)
+            and not any(self._wrong(i.digest) for i in event.inputs)
+        )
 
     def weaker(self, parting: Parting) -> list[Parting]:
         """Lines that do what training does before a parting, with the same inputs, and another result, in order.
@@ -348,18 +360,17 @@ class Comparison:
         leading = self.graph.leading_to(self.candidate.outputs)
         # Also what only hands a value on, such as `np.array(picture)`: training's numbers may fit there and not before.
         needed = {i.digest for e in leading for i in e.inputs} | {item.digest for item in self.candidate.outputs}
-        first: dict[tuple[str, int], dict[int, Event]] = defaultdict(dict)
-        for event in self.graph.behind(parting.events):
-            if any(o.digest in needed and self._wrong(o.digest) for o in event.outputs):
-                first[event.site.whole][event.number] = event
-        found = [self.parting(tuple(events.values())) for events in first.values()]
-        return sorted(found, key=lambda each: each.events[0].number)
+        return self._by_statement(
+            event
+            for event in self.graph.behind(parting.events)
+            if any(o.digest in needed and self._wrong(o.digest) for o in event.outputs)
+        )
 
     # --- what the reference does there
 
     def _counterparts(self, events: tuple[Event, ...]) -> list[Counterpart]:
         at: dict[Site, list[Event]] = defaultdict(list)
-        for event in self._unmatched():
+        for event in self._unmatched:
             at[event.site].append(event)
         scores: list[tuple[float, Counterpart]] = []
         looked_at = events[:_LOOKED_AT]
@@ -388,7 +399,7 @@ class Comparison:
                 found.append(Counterpart("missing" if missing else "other", maker.site, (maker,), (theirs,), missing))
         return found
 
-    @functools.cache  # noqa: B019 - a comparison lives as long as one search
+    @functools.cached_property
     def _unmatched(self) -> list[Event]:
         """The reference's events on the way to its outputs whose results the candidate never has."""
         leading = self.reference_graph.leading_to(self.reference.outputs)

@@ -65,8 +65,6 @@ _IN_PLACE: dict[str, Callable[..., Any]] = {
     "BitXor": operator.ixor,
     "BitAnd": operator.iand,
 }
-# They hand on what is in their arguments, one by one.
-_HANDING_ON = {zip, enumerate, reversed, list, tuple, iter, map, filter, sorted}
 # A container's own methods compute nothing.
 _CONTAINERS = (list, tuple, dict, set, frozenset, str, bytes)
 
@@ -100,7 +98,8 @@ class Recorder:
     """The hooks of one run.
 
     sites: what the numbers in the hooks mean. own: whether a module, by its name, is the user's. substitutes: what to put in place of a
-    result, by site, how often it ran before, and path in the result. memory: arrays are kept whole up to so many bytes together. file: the path of the input, which calls are not told apart by.
+    result, by site, how often it ran before, and path in the result. memory: arrays are kept whole up to so many bytes together.
+    file: the path of the input, by which calls are not told apart.
     """
 
     def __init__(
@@ -114,7 +113,6 @@ class Recorder:
         self._file = file
         self._sites, self._own, self._substitutes, self._memory = sites, own, substitutes or {}, memory
         self._pending: dict[tuple[int, int], _Pending] = {}
-        self._stores: dict[tuple[int, int], tuple[Any, list[Item]]] = {}
         # Containers that were written to since they were last looked at: looked at again only when they are used.
         self._written: dict[int, tuple[Any, int, list[Item]]] = {}
         # Objects of libraries that hold arrays, such as a fitted scaler: what they held when they were made or fitted.
@@ -128,7 +126,6 @@ class Recorder:
         self.values: dict[str, Value] = {}
         self.arrays: dict[str, np.ndarray] = {}
         self.settings: dict[str, str] = {}
-        self.substituted: set[Place] = set()
         self._local = threading.local()
 
     @property
@@ -218,8 +215,6 @@ class Recorder:
             inputs = [*self._state(function), *inputs]
         call = self._call(pending)
         name = call.function if call else _name(function)
-        if _hashable(function) and function in _HANDING_ON:
-            self._hand_on(site, pending.args)
         outputs = self._found(value, derived=bool(inputs))
         made = not outputs and value is not owner and self._is_library_object(value)
         if made:
@@ -257,12 +252,6 @@ class Recorder:
             ]:
                 self._event(site, name, pending.items, held, owner, call, in_place=True)
                 self._states[id(owner)] = (owner, [self._item(f) for f in state(owner)])
-
-    @_unseen
-    def _hand_on(self, site: int, args: list[Any]) -> None:
-        for arg in args:
-            if array_of(arg) is not None and not isinstance(arg, list | tuple):
-                self.elements(site, arg)
 
     # --- hooks of operators and statements
 
@@ -321,9 +310,6 @@ class Recorder:
             return value
         inputs = [*self._items(thing), *self._state(thing)]
         return self._done(site, f".{name}", inputs, value) if inputs else value
-
-    def value(self, site: int, value: Any) -> Any:
-        return value if self.looking else self._done(site, "await", [], value)
 
     def elements(self, site: int, value: Any) -> Any:
         """An array's rows are values of their own when somebody loops over it."""
@@ -396,7 +382,6 @@ class Recorder:
             return value
         place = (self._sites[site], occurrence)
         if new := self._substitutes.get(place):
-            self.substituted.add(place)
             for path, array in new.items():
                 value = _written_into(value, array) if in_place and not path else replaced(value, path, array)
             outputs = [*self._found(value, derived=True)] or list(state(value))
@@ -518,10 +503,6 @@ def _plain(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.unwrap(function) if inspect.isroutine(function) else function
-
-
-def _hashable(function: Any) -> bool:
-    return isinstance(function, type) or inspect.isroutine(function)
 
 
 def _name(function: Any) -> str:

@@ -166,11 +166,6 @@ class Rewriter(ast.NodeTransformer):
             self._hook("attribute", node, self._site(node), self.visit(value), ast.Constant(node.attr)), node
         )
 
-    def visit_Await(self, node: ast.Await) -> ast.expr:
-        site = self._site(node)
-        self.generic_visit(node)
-        return self._hook("value", node, site, node)
-
     def visit_comprehension(self, node: ast.comprehension) -> ast.comprehension:
         site = self._site(node.iter)
         iterated = self.visit(node.iter)

@@ -219,7 +219,7 @@ def _argument(function: Any, file: Path) -> Any:
         hints = typing.get_type_hints(inspect.unwrap(function))
         wanted = hints.get(parameters[0].name) if parameters else None
     except (TypeError, ValueError, NameError):
-        parameters = []
+        wanted = None
     if wanted is bytes:
         return file.read_bytes()
     if wanted is Path:
