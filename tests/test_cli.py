@@ -30,6 +30,7 @@ COMMANDS = [
     "evaluate",
     "features",
     "import",
+    "adopt",
     "tune",
     "build",
     "sign",

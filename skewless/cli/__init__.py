@@ -9,7 +9,19 @@ import typer
 from pydantic import ValidationError
 
 # Imported for the commands that they add to `app`.
-from skewless.cli import health, model, package, programs, retraining, rollout, score, serving, tuning, versions  # noqa: F401
+from skewless.cli import (  # noqa: F401
+    adopting,
+    health,
+    model,
+    package,
+    programs,
+    retraining,
+    rollout,
+    score,
+    serving,
+    tuning,
+    versions,
+)
 from skewless.cli.frame import FAILED, MISUSED, NAME, app
 
 __all__ = ["app", "main"]

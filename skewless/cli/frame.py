@@ -33,7 +33,7 @@ MAKE, PACKAGE, SERVE, DEFINE = "Make a model", "Package and compare", "Serve it"
 
 # As a model goes its way; help lists them so.
 _ORDER = (
-    "new corpus train evaluate features import tune build sign verify export skew trace diff serve register smoke predict score versions gateway "
+    "new corpus train evaluate features import adopt tune build sign verify export skew trace diff serve register smoke predict score versions gateway "
     "rollout retrain schema"
 )
 

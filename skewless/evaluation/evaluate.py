@@ -33,8 +33,9 @@ def evaluate(
     device: torch.device,
     references: int = 8,
     skip_unreadable: bool = False,
+    threshold: float | None = None,
 ) -> dict[str, Any]:
-    """Measure on `split` with the threshold chosen on `val`; write metrics.json, predictions.csv, pictures and a few
+    """Measure on `split` with the threshold chosen on `val`, unless `threshold` is given; write metrics.json, predictions.csv, pictures and a few
     reference recordings with their probabilities to `out`. Returns what metrics.json holds.
 
     First the scores that training computed for the `val` split are reproduced; how many and how closely is in
@@ -47,14 +48,18 @@ def evaluate(
     val_rows, rows = select(recordings, "val", classes), select(recordings, split, classes)
     validation = predict(service, val_rows, "val", skip_unreadable=skip_unreadable)
     reproduced = reproduce(service, checkpoint, validation)
-    if note := _missing_proof(reproduced):
+    if note := _missing_proof(reproduced, checkpoint):
         print(f"note: {note}", file=sys.stderr)
     predictions = validation
     if split != "val":
         predictions = predict(service, rows, split, skip_unreadable=skip_unreadable)
     for read in (validation, predictions):
         require_every_class([p.recording for p in read], "what could be read", classes)
-    threshold = best_threshold(*arrays(validation)) if postprocessor.tuned else postprocessor.threshold
+    chosen_on = "val" if postprocessor.tuned and threshold is None else "the definition"
+    if chosen_on == "val":
+        threshold = best_threshold(*arrays(validation))
+    elif threshold is None:
+        threshold = postprocessor.threshold
     labels, scores = arrays(predictions)
     if len(classes) == 2:
         figures = measure_two_classes(labels, scores, threshold)
@@ -66,7 +71,7 @@ def evaluate(
         "skipped": len(rows) - len(predictions),
         "classes": list(classes),
         "threshold": threshold,
-        "threshold_chosen_on": "val" if postprocessor.tuned else "the definition",
+        "threshold_chosen_on": chosen_on,
         **figures,
         "val_auc": checkpoint["val_auc"],
         "val_ap": checkpoint["val_ap"],
@@ -93,8 +98,10 @@ def evaluate(
     return metrics
 
 
-def _missing_proof(reproduced: dict[str, Any] | None) -> str:
-    """What there is to say where training could not be reproduced; empty where it was."""
+def _missing_proof(reproduced: dict[str, Any] | None, checkpoint: dict[str, Any]) -> str:
+    """What there is to say where neither training nor an adopted service was reproduced; empty where one was."""
+    if reproduced is None and "reproduces" in checkpoint.get("imported_from", {}):
+        return ""
     if reproduced is None:
         return (
             "the checkpoint was imported and records no scores of its training, so nothing proves that evaluation computes "

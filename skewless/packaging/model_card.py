@@ -105,6 +105,13 @@ def _or(names: list[str]) -> str:
 
 def _proof(evaluation: Mapping[str, Any]) -> str:
     reproduced = evaluation.get("training_reproduced")
+    adopted = (evaluation.get("imported_from") or {}).get("reproduces")
+    if adopted:
+        does = "reproduces" if adopted["reproduced"] else "comes close to"
+        return (
+            f"The weights were imported, and this archive {does} what the service that ran them before had answered for "
+            f"{adopted['files']} files: of {adopted['numbers']} recorded numbers the largest difference is {adopted['largest']:.2g}."
+        )
     if not reproduced:
         return "The weights were imported: nothing proves that the evaluation computes what their training computed."
     return (

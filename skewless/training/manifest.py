@@ -32,8 +32,10 @@ class Recording:
     group: str = ""
 
 
-def read_manifest(manifest: str | Path, root: str | Path, classes: Sequence[str] = BINARY) -> list[Recording]:
-    """All rows, in order. Relative paths are below `root`.
+def read_manifest(
+    manifest: str | Path, root: str | Path, classes: Sequence[str] = BINARY, *, split: str | None = None
+) -> list[Recording]:
+    """All rows, in order. Relative paths are below `root`. split: that every row is taken for, whatever the file says.
 
     The label's column is `label`, or the one whose name ends in `_label`. A label is a class's name; of two classes also
     1/true/yes/y for the second and 0/false/no/n for the first; in any case. `group` is optional. Where there is no column
@@ -52,13 +54,13 @@ def read_manifest(manifest: str | Path, root: str | Path, classes: Sequence[str]
         # Row 1 is the header, as a spreadsheet counts.
         for row, record in enumerate(reader, start=2):
             where = f"{manifest}, row {row}"
-            name, label, split, group = (
+            name, label, own_split, group = (
                 str(record.get(c) or "").strip() for c in ("file_path", column, "split", "group")
             )
             if label.lower() not in labels:
                 raise ManifestError(f"{where}: {column} is {label!r}, expected one of {', '.join(labels)}")
-            if split and split not in SPLITS:
-                raise ManifestError(f"{where}: split is {split!r}, expected one of {', '.join(SPLITS)}")
+            if own_split and own_split not in SPLITS:
+                raise ManifestError(f"{where}: split is {own_split!r}, expected one of {', '.join(SPLITS)}")
             path = Path(root, name)
             if not name:
                 raise ManifestError(f"{where}: file_path is empty")
@@ -67,7 +69,7 @@ def read_manifest(manifest: str | Path, root: str | Path, classes: Sequence[str]
             if path.resolve() in files:
                 raise ManifestError(f"{where}: file_path {name!r} is repeated")
             files.add(path.resolve())
-            recordings[name] = Recording(name, path, labels[label.lower()], split, group)
+            recordings[name] = Recording(name, path, labels[label.lower()], split or own_split, group)
     rows = list(recordings.values())
     without = [r.file_path for r in rows if not r.split]
     if without and len(without) < len(rows):

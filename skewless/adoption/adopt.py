@@ -1,0 +1,431 @@
+"""The whole way from somebody's checkpoint, labelled files and recorded answers to an archive that answers the same."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from skewless.adoption.recorded import Recorded, read_recorded
+from skewless.adoption.trials import (
+    Candidate,
+    Gap,
+    Laboratory,
+    Trial,
+    closest,
+    distinct,
+    servable_edits,
+    single_edits,
+    spread,
+)
+from skewless.core.definition import MODEL, PIPELINE, Definition
+from skewless.core.files import atomic
+from skewless.core.pipeline import Pipeline
+from skewless.core.stages import PipelineError
+from skewless.core.yaml_file import read_yaml
+from skewless.errors import BuildError, UsageError
+from skewless.evaluation.evaluate import evaluate
+from skewless.evaluation.scores import service_of
+from skewless.importers.errors import ImportFileError
+from skewless.importers.run import ImportRequest, ImportResult, import_file
+from skewless.packaging.build import build_archive
+from skewless.skew.compare import skew_report
+from skewless.training.checkpoint import load_checkpoint, save_checkpoint
+from skewless.training.manifest import ManifestError, Recording, read_manifest
+
+REPORT, PAGE, CHECKPOINT = "adoption.json", "index.html", "best.pth"
+_SPLIT = "val"
+# Edits are tried on so many files first, and the best of them on all.
+_SCREENED, _KEPT = 6, 3
+# One edit after another, while each brings the answers nearer.
+_ROUNDS = 3
+# The skew report runs every edit on every file: some hundred show what changes.
+_MOST_SKEWED = 200
+
+
+@dataclass(frozen=True)
+class AdoptRequest:
+    """What to take over.
+
+    archive: the folder of the model that is nearest, such as archive/orca. checkpoint: what another framework saved.
+    predictions: the CSV with what the service answered (`skewless.adoption.recorded`). out: the folder to write.
+    files, or manifest and root: the labelled files; of `files` each folder below has a class's name.
+    pipelines: further pipeline files to try. instead: the pipeline to compare serving with; None is the archive's own.
+    threshold: that the service decides by, None for the archive's. accept_closest: build even if no pipeline reproduces the
+        record.
+    imported: further fields of ImportRequest, such as `replaced`.
+    """
+
+    archive: Path
+    checkpoint: Path
+    predictions: Path
+    out: Path
+    files: Path | None = None
+    manifest: Path | None = None
+    root: Path | None = None
+    pipelines: Sequence[Path] = ()
+    instead: Path | None = None
+    threshold: float | None = None
+    version: str = "1.0"
+    accept_closest: bool = False
+    device: str = "cpu"
+    imported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def adopt(request: AdoptRequest) -> dict[str, Any]:
+    """Find the pipeline of the old service, and package the weights behind it. Returns what adoption.json holds.
+
+    Every candidate's answers are kept in `out/trials`: an interrupted run goes on from there. A trial is a pipeline of the
+    archive or of `pipelines` first; where none of them reproduces the record, single edits of the closest.
+    Raises ValueError (UsageError, ImportFileError, ManifestError, BuildError, ...) or OSError for what cannot be used.
+    """
+    if (request.files is None) == (request.manifest is None):
+        raise UsageError("give the labelled files: either --files, a folder for each class, or --manifest")
+    if not request.checkpoint.is_file():
+        raise UsageError(f"there is no file {request.checkpoint}")
+    definition = _own_folder(request)
+    rows, root = _labelled(request, definition.classes)
+    candidates = _candidates(request, definition.folder)
+    imported, weights = _first_import(request, definition, candidates)
+    service = service_of(
+        replace(definition, pipeline=weights.pipeline), weights.checkpoint, torch.device(request.device)
+    )
+    threshold = service.postprocessor.threshold
+    key = json.dumps([imported.sha256, definition.network, definition.postprocess, threshold], default=str)
+    laboratory = Laboratory(service, threshold, _trials(request), key)
+    names = laboratory.names(rows, candidates)
+    recorded = read_recorded(request.predictions, [row.file_path for row in rows], names)
+    known = [row for row in rows if row.file_path in recorded.values]
+    trials = _search(laboratory, candidates, known, recorded, definition.folder)
+    ranked = closest(trials, recorded)
+    if not ranked:
+        listed = "\n".join(f"  {trial.candidate.name}: {trial.failure}" for trial in trials)
+        raise ImportFileError(f"behind none of the pipelines these weights give an answer:\n{listed}")
+    best_gap, best = ranked[0]
+    servable = _servable(trials, recorded)
+    report = _described(request, imported, rows, recorded, trials, best, best_gap)
+    report["threshold"] = threshold
+    report["not_packaged"] = {}
+    for gap, chosen in servable:
+        if gap.reproduced or request.accept_closest:
+            try:
+                report |= _package(request, definition, chosen, gap, recorded, rows, root)
+                break
+            except (BuildError, PipelineError) as error:
+                report["not_packaged"][chosen.candidate.name] = str(error)
+                (request.out / CHECKPOINT).unlink(missing_ok=True)
+    with atomic(request.out / REPORT) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return report
+
+
+def _own_folder(request: AdoptRequest) -> Definition:
+    """A copy of the archive's folder in `out`, which the adopted pipeline and threshold are written into."""
+    read = Definition.read(request.archive)
+    folder = request.out / read.name
+    if request.out.exists() and (
+        not request.out.is_dir() or (any(request.out.iterdir()) and not _trials(request).is_dir())
+    ):
+        raise UsageError(
+            f"--out is {request.out}, which holds something else; choose a new folder, or that of an earlier run"
+        )
+    _trials(request).mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(request.archive, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    content = read_yaml(folder / MODEL)
+    ((name, params),) = content["postprocess"].items()
+    changes: dict[str, Any] = {}
+    if request.threshold is not None:
+        changes["threshold"] = request.threshold
+    if changes:
+        content["postprocess"] = {name: {**params, **changes}}
+        text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110)
+        (folder / MODEL).write_text(f"# {request.archive.name}'s, with what was adopted.\n{text}", encoding="utf-8")
+    return Definition.read(folder)
+
+
+def _trials(request: AdoptRequest) -> Path:
+    return request.out / "trials"
+
+
+def _labelled(request: AdoptRequest, classes: Sequence[str]) -> tuple[list[Recording], Path]:
+    """The labelled files, all in one split, and the folder that their paths are relative to; `out/manifest.csv` lists them."""
+    if request.manifest is not None:
+        root = request.root or request.manifest.parent
+        rows = read_manifest(request.manifest, root, classes, split=_SPLIT)
+    elif request.files is not None:
+        if request.root is not None:
+            raise UsageError("--root belongs to --manifest; --files needs none")
+        root, rows = request.files, list(_by_folder(request.files, classes))
+    if not rows:
+        raise ManifestError(f"{request.manifest or request.files} lists no files")
+    with open(request.out / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file_path", "label", "split"])
+        writer.writerows((row.file_path, classes[row.label], row.split) for row in rows)
+    return rows, root
+
+
+def _by_folder(files: Path, classes: Sequence[str]) -> Iterator[Recording]:
+    """The files below DIR/CLASS, for each class; raises ManifestError for a class without a folder, and for other folders."""
+    if not files.is_dir():
+        raise ManifestError(f"--files is {files}, expected a folder that has one for each class: {', '.join(classes)}")
+    folders = {path.name.lower(): path for path in sorted(files.iterdir()) if path.is_dir()}
+    expected = [name.lower() for name in classes]
+    if missing := [name for name in classes if name.lower() not in folders]:
+        raise ManifestError(
+            f"{files} has no folder for {', '.join(missing)}; it has {', '.join(p.name for p in folders.values()) or 'none'}"
+        )
+    if strange := [path.name for name, path in folders.items() if name not in expected]:
+        raise ManifestError(f"{files} has the folder {', '.join(strange)}; the classes are {', '.join(classes)}")
+    for label, name in enumerate(expected):
+        for path in sorted(folders[name].rglob("*")):
+            if path.is_file():
+                yield Recording(path.relative_to(files).as_posix(), path, label, _SPLIT)
+
+
+def _candidates(request: AdoptRequest, folder: Path) -> list[Candidate]:
+    """The archive's pipeline and its variants, and then those that were given; `folder` has the archive's own code."""
+    own = [PIPELINE, *(f"variants/{path.name}" for path in sorted((request.archive / "variants").glob("*.yaml")))]
+    named = {name: request.archive / name for name in own} | {path.as_posix(): path for path in request.pipelines}
+    return distinct(Candidate(name, Pipeline.from_yaml(path, folder), path) for name, path in named.items())
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A checkpoint as first imported, and the pipeline that it was imported behind, with its fitted stages."""
+
+    checkpoint: dict[str, Any]
+    pipeline: Pipeline
+
+
+def _first_import(
+    request: AdoptRequest, definition: Definition, candidates: Sequence[Candidate]
+) -> tuple[ImportResult, _Weights]:
+    """The weights, imported behind the first pipeline that the file does not contradict; raises what the first one raised."""
+    first: Exception | None = None
+    path = _trials(request) / "weights.pth"
+    for candidate in candidates:
+        if not candidate.servable or candidate.file is None:
+            continue
+        try:
+            imported = _import(request, definition.folder, candidate.file, path)
+        except ImportFileError as error:
+            first = first or error
+            continue
+        checkpoint = load_checkpoint(path)
+        return imported, _Weights(checkpoint, Pipeline.from_dict(checkpoint["pipeline"], definition.folder))
+    raise first or ImportFileError(f"{request.archive} has no pipeline that can be served")
+
+
+def _import(request: AdoptRequest, folder: Path, pipeline: Path, out: Path) -> ImportResult:
+    out.unlink(missing_ok=True)
+    return import_file(
+        ImportRequest(
+            archive=folder,
+            file=request.checkpoint,
+            out=out,
+            pipeline=pipeline,
+            device=request.device,
+            **request.imported,
+        )
+    )
+
+
+def _search(
+    laboratory: Laboratory,
+    candidates: Sequence[Candidate],
+    rows: Sequence[Recording],
+    recorded: Recorded,
+    folder: Path,
+) -> list[Trial]:
+    """Every candidate on all files; where none that can be served reproduces the record, edits of the closest, while they
+    bring it nearer."""
+    trials = [
+        laboratory.run(each, rows, f"{number}/{len(candidates)} {each.name}")
+        for number, each in enumerate(candidates, start=1)
+    ]
+    few = spread(rows, recorded, _SCREENED)
+    for turn in range(1, _ROUNDS + 1):
+        ranked, before = closest(trials, recorded), _servable(trials, recorded)
+        if not ranked or (before and before[0][0].reproduced):
+            break
+        gap, base = ranked[0]
+        # Where the record is reproduced, what the service computes is known; left is to find its like that can be served.
+        ways = servable_edits if gap.reproduced else single_edits
+        edits = distinct(ways(base.candidate, candidates, folder), known=[t.candidate for t in trials])
+        print(
+            f"none of {len(trials)} pipelines {'that can be served ' if gap.reproduced else ''}reproduces the record; round {turn}: "
+            f"{len(edits)} edits of {base.candidate.name} on {len(few)} files",
+            file=sys.stderr,
+        )
+        screened = [laboratory.run(e, few, f"{number}/{len(edits)} edits") for number, e in enumerate(edits, start=1)]
+        promising = [trial.candidate for _, trial in closest(screened, recorded)[:_KEPT]]
+        trials += [laboratory.run(each, rows, each.name) for each in promising]
+        after = _servable(trials, recorded) if gap.reproduced else closest(trials, recorded)
+        if after[0] in ((ranked, before)[gap.reproduced][:1]):
+            break
+    return trials
+
+
+def _servable(trials: Sequence[Trial], recorded: Recorded) -> list[tuple[Gap, Trial]]:
+    return [each for each in closest(trials, recorded) if each[1].candidate.servable]
+
+
+def _described(
+    request: AdoptRequest,
+    imported: ImportResult,
+    rows: Sequence[Recording],
+    recorded: Recorded,
+    trials: Sequence[Trial],
+    best: Trial,
+    gap: Gap,
+) -> dict[str, Any]:
+    """What was found, in plain JSON types; without what packaging adds."""
+    return {
+        "archive": request.archive.name,
+        "checkpoint": {"file": request.checkpoint.name, "sha256": imported.sha256, "format": imported.format},
+        "notes": list(imported.notes),
+        "record": {
+            "file": request.predictions.name,
+            "sha256": recorded.sha256,
+            "files": len(recorded.values),
+            "labelled": len(rows),
+            "numbers": gap.compared,
+            "columns": {
+                name: {"scale": field.scale, "decimals": field.decimals, "allowed": field.allowed}
+                for name, field in recorded.fields.items()
+            },
+            "unused": list(recorded.unused),
+        },
+        "trials": [_entry(trial, recorded) for trial in trials],
+        "best": {
+            **_entry(best, recorded),
+            "pairs": [
+                {
+                    "file": file,
+                    "name": name,
+                    "recorded": value / recorded.field(name).scale,
+                    "ours": best.answers[file][name] / recorded.field(name).scale,
+                }
+                for file, values in recorded.values.items()
+                for name, value in values.items()
+                if name in best.answers.get(file, {})
+            ],
+        },
+    }
+
+
+def _entry(trial: Trial, recorded: Recorded) -> dict[str, Any]:
+    gap = trial.gap(recorded)
+    return {
+        "name": trial.candidate.name,
+        "servable": trial.candidate.servable,
+        "fingerprint": trial.candidate.pipeline.fingerprint,
+        "failure": trial.failure,
+        "gap": None if gap is None else dataclasses.asdict(gap),
+    }
+
+
+def _package(
+    request: AdoptRequest,
+    definition: Definition,
+    chosen: Trial,
+    gap: Gap,
+    recorded: Recorded,
+    rows: list[Recording],
+    root: Path,
+) -> dict[str, Any]:
+    """Write the pipeline into the adopted folder, import behind it, evaluate, build, and compare with serving it `instead`."""
+    folder, out = definition.folder, request.out
+    instead = folder / "variants" / "instead.yaml"
+    instead.parent.mkdir(exist_ok=True)
+    shutil.copyfile(request.instead or request.archive / PIPELINE, instead)
+    reproduces = {
+        "files": len(recorded.values),
+        "numbers": gap.compared,
+        "mean": gap.mean,
+        "largest": gap.largest,
+        "reproduced": gap.reproduced,
+        "record_sha256": recorded.sha256,
+    }
+    given = chosen.candidate.file
+    text = chosen.candidate.pipeline.to_yaml() if given is None else given.read_text(encoding="utf-8")
+    told = "reproduces" if gap.reproduced else "comes closest to"
+    (folder / PIPELINE).write_text(
+        f"# {chosen.candidate.name}: {told} what the service answered for {len(recorded.values)} files, largest difference "
+        f"{gap.largest:.1e}.\n{text}",
+        encoding="utf-8",
+    )
+    checkpoint_path = out / CHECKPOINT
+    _import(request, folder, folder / PIPELINE, checkpoint_path)
+    checkpoint = load_checkpoint(checkpoint_path)
+    checkpoint["imported_from"] = {**checkpoint["imported_from"], "reproduces": reproduces}
+    save_checkpoint(checkpoint_path, checkpoint)
+    adopted = Definition.read(folder)
+    device = torch.device(request.device)
+    # The threshold is the old service's: a better one by these labels would be another service.
+    metrics = evaluate(
+        adopted,
+        checkpoint,
+        checkpoint_path,
+        rows,
+        _SPLIT,
+        out / "evaluation",
+        device,
+        threshold=adopted.postprocessor.threshold,
+    )
+    built = build_archive(folder, checkpoint_path, out / "evaluation", request.version, out / "model_store", force=True)
+    found: dict[str, Any] = {
+        "adopted": {
+            "pipeline": chosen.candidate.name,
+            "folder": folder.as_posix(),
+            "checkpoint": checkpoint_path.as_posix(),
+            "archive": built.path.as_posix(),
+            "warnings": list(built.warnings),
+            "auc": metrics["auc"],
+            **reproduces,
+        },
+        "instead": None,
+    }
+    other = Pipeline.from_yaml(instead, folder).with_fitted_stages_of(
+        Pipeline.from_dict(checkpoint["pipeline"], folder)
+    )
+    if other.fingerprint == checkpoint["pipeline_fingerprint"]:
+        instead.unlink()
+        return found
+    skew = skew_report(
+        adopted,
+        checkpoint_path,
+        instead,
+        out / "instead",
+        manifest=out / "manifest.csv",
+        root=root,
+        split=_SPLIT,
+        limit=_MOST_SKEWED,
+        threshold=adopted.postprocessor.threshold,
+        device=device,
+    )
+    found["instead"] = {
+        "pipeline": (request.instead or request.archive / PIPELINE).as_posix(),
+        "files": skew["recordings_compared"],
+        "mean": skew["together"]["mean_abs"],
+        "largest": skew["together"]["max_abs"],
+        "flips": skew["together"]["flips"],
+        "edits": [edit["edit"] for edit in skew["edits"]],
+        "auc": {side: skew["metrics"][side]["auc"] for side in ("reference", "candidate")} if skew["metrics"] else None,
+        "accuracy": {side: skew["metrics"][side].get("accuracy") for side in ("reference", "candidate")}
+        if skew["metrics"]
+        else None,
+        "page": (out / "instead" / "index.html").as_posix(),
+    }
+    return found
