@@ -15,12 +15,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs" / "tests"
 
 # Each archive by its own recipe, only smaller: what differs in its corpus and its training, and how many references.
-SMALL = {
+SMALL: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "cough": ({"count": 120}, {"epochs": 4}, 8),
     "orca": ({"count": 72}, {"epochs": 3, "batch_size": 4}, 4),
     "talent": ({"count": 72}, {}, 4),

@@ -237,7 +237,9 @@ def test_per_cent_and_rounding_decide_how_close_is_the_same(tmp_path: Path):
     assert recorded.values == {"a.wav": {"global_confidence": 87.25}, "d/c.wav": {"global_confidence": 0.0}}
     field = recorded.field("global_confidence")
     assert (field.scale, field.decimals) == (87.25, 2)
-    assert field.allowed == pytest.approx(1e-4 * 87.25 + 0.005) and recorded.unused == ("label",)
+    assert field.allowed == pytest.approx(1e-4 * 87.25 + 0.005)
+    assert field.noise == pytest.approx(5e-6 * 87.25 + 0.005)
+    assert recorded.unused == ("label",)
 
 
 def test_a_row_may_be_a_window(tmp_path: Path):
@@ -287,7 +289,10 @@ def test_a_window_that_is_not_cut_counts_as_a_difference(tmp_path: Path, tiny_mo
 
 
 def test_wrong_use_is_exit_code_2_and_names_the_value(
-    tiny_model: TinyModel, old_weights: Path, manifest: Path, tmp_path: Path  # noqa: F811
+    tiny_model: TinyModel,  # noqa: F811
+    old_weights: Path,
+    manifest: Path,
+    tmp_path: Path,
 ):
     base = ("adopt", tiny_model.archive, old_weights, "--predictions", tmp_path / "no.csv", "--out", tmp_path / "out")
     for more, message in (

@@ -105,7 +105,7 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
     names = laboratory.names(rows, candidates)
     recorded = read_recorded(request.predictions, [row.file_path for row in rows], names)
     known = [row for row in rows if row.file_path in recorded.values]
-    trials = _search(laboratory, candidates, known, recorded, definition.folder)
+    trials, edited = _search(laboratory, candidates, known, recorded, definition.folder)
     ranked = closest(trials, recorded)
     if not ranked:
         listed = "\n".join(f"  {trial.candidate.name}: {trial.failure}" for trial in trials)
@@ -113,8 +113,7 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
     best_gap, best = ranked[0]
     servable = _servable(trials, recorded)
     report = _described(request, imported, rows, recorded, trials, best, best_gap)
-    report["threshold"] = threshold
-    report["not_packaged"] = {}
+    report |= {"threshold": threshold, "edits_tried": edited, "not_packaged": {}}
     for gap, chosen in servable:
         if gap.reproduced or request.accept_closest:
             try:
@@ -247,9 +246,11 @@ def _search(
     rows: Sequence[Recording],
     recorded: Recorded,
     folder: Path,
-) -> list[Trial]:
-    """Every candidate on all files; where none that can be served reproduces the record, edits of the closest, while they
-    bring it nearer."""
+) -> tuple[list[Trial], int]:
+    """Every candidate on all files; where none that can be served is the same as the record, edits of the closest, while they
+    bring it nearer: an edit that is missing may change less than is allowed. Returns the trials on all files, and how many
+    edits were tried on a few."""
+    edited = 0
     trials = [
         laboratory.run(each, rows, f"{number}/{len(candidates)} {each.name}")
         for number, each in enumerate(candidates, start=1)
@@ -257,24 +258,26 @@ def _search(
     few = spread(rows, recorded, _SCREENED)
     for turn in range(1, _ROUNDS + 1):
         ranked, before = closest(trials, recorded), _servable(trials, recorded)
-        if not ranked or (before and before[0][0].reproduced):
+        if not ranked or (before and before[0][0].same):
             break
         gap, base = ranked[0]
-        # Where the record is reproduced, what the service computes is known; left is to find its like that can be served.
-        ways = servable_edits if gap.reproduced else single_edits
+        # Where the service's own pipeline is found, what is left is to find its like that can be served.
+        found = gap.same or (gap.reproduced and not base.candidate.servable)
+        ways = servable_edits if found else single_edits
         edits = distinct(ways(base.candidate, candidates, folder), known=[t.candidate for t in trials])
         print(
-            f"none of {len(trials)} pipelines {'that can be served ' if gap.reproduced else ''}reproduces the record; round {turn}: "
+            f"none of {len(trials)} pipelines {'that can be served ' if found else ''}is the same as the record; round {turn}: "
             f"{len(edits)} edits of {base.candidate.name} on {len(few)} files",
             file=sys.stderr,
         )
         screened = [laboratory.run(e, few, f"{number}/{len(edits)} edits") for number, e in enumerate(edits, start=1)]
+        edited += len(edits)
         promising = [trial.candidate for _, trial in closest(screened, recorded)[:_KEPT]]
         trials += [laboratory.run(each, rows, each.name) for each in promising]
-        after = _servable(trials, recorded) if gap.reproduced else closest(trials, recorded)
-        if after[0] in ((ranked, before)[gap.reproduced][:1]):
+        after, earlier = (_servable(trials, recorded), before) if found else (closest(trials, recorded), ranked)
+        if after[:1] == earlier[:1]:
             break
-    return trials
+    return trials, edited
 
 
 def _servable(trials: Sequence[Trial], recorded: Recorded) -> list[tuple[Gap, Trial]]:
@@ -416,7 +419,7 @@ def _package(
         device=device,
     )
     found["instead"] = {
-        "pipeline": (request.instead or request.archive / PIPELINE).as_posix(),
+        "pipeline": f"{request.archive.name}/{PIPELINE}" if request.instead is None else request.instead.as_posix(),
         "files": skew["recordings_compared"],
         "mean": skew["together"]["mean_abs"],
         "largest": skew["together"]["max_abs"],

@@ -14,6 +14,8 @@ from skewless.csv_file import csv_rows
 
 # What a trained network's answers may be apart between two machines.
 _EXACT = TOLERANCES["exact"]
+# What sums in another order leave of a probability, by float32's 24 bits and some hundred layers.
+_NOISE = 5e-6
 _FILE, _START, _PROBABILITY = "file_path", "start_s", "probability"
 
 
@@ -37,7 +39,17 @@ class Field:
 
     @property
     def allowed(self) -> float:
-        return _EXACT * self.scale + 0.5 * 10.0**-self.decimals
+        return _EXACT * self.scale + self._rounding
+
+    @property
+    def noise(self) -> float:
+        """How far two runs of one float32 computation may be apart beside the record's rounding: what is further away than
+        this may reproduce the record, and still be another computation."""
+        return _NOISE * self.scale + self._rounding
+
+    @property
+    def _rounding(self) -> float:
+        return 0.5 * 10.0**-self.decimals
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     """What to print: the pipelines that were tried, the nearest first, the verdict, and what was written."""
     rows = [[trial["name"], *_cells(trial)] for trial in _nearest_first(report)]
     failed = [f"{trial['name']} could not be run: {trial['failure']}" for trial in report["trials"] if trial["failure"]]
-    parts = [columns(_HEAD, rows), *failed, *_columns_not_used(report), "", *verdict(report)]
+    parts = [columns(_HEAD, rows), *failed, *_edits(report), *_columns_not_used(report), "", *verdict(report)]
     adopted = report.get("adopted")
     if adopted:
         parts += ["", *instead(report), "", f"pipeline, model and variants: {adopted['folder']}"]
@@ -100,6 +100,11 @@ def _nearest_first(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _cells(trial: Mapping[str, Any]) -> list[str]:
     gap = trial["gap"]
     return ["yes" if gap["reproduced"] else "no", f"{gap['largest']:.1e}", f"{gap['mean']:.1e}"]
+
+
+def _edits(report: Mapping[str, Any]) -> list[str]:
+    count = report["edits_tried"]
+    return [f"{count} edits were tried on a few files first; of those the nearest are listed"] if count else []
 
 
 def _columns_not_used(report: Mapping[str, Any]) -> list[str]:
@@ -120,7 +125,7 @@ def _summary(report: Mapping[str, Any]) -> str:
     if adopted and not adopted["reproduced"]:
         kind, headline = "warn", "The closest is built"
     tiles = [
-        ("Pipeline of the service", escape(report["best"]["name"]), f"of {len(report['trials'])} that were tried"),
+        ("Pipeline of the service", escape(report["best"]["name"]), f"of {len(report['trials'])} tried on all files"),
         ("Largest difference", f"{gap['largest']:.1e}", f"of {record['numbers']} recorded numbers"),
         ("Files", f"{record['files']}", f"with a record, of {record['labelled']} with a label"),
     ]
@@ -170,6 +175,7 @@ def _pipelines(report: Mapping[str, Any]) -> str:
             numeric=2,
             caption="Differences are shares of each quantity&rsquo;s largest recorded value, or of 1.",
         )
+        + "".join(f"<p class=note>{line}.</p>" for line in _edits(report))
         + f"{failed}</section>"
     )
 

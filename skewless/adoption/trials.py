@@ -60,13 +60,14 @@ class Trial:
         """How far the answers are from the record, on the files that were run; None for a trial that failed."""
         if self.failure:
             return None
-        total, count, largest, within, missing, worst = 0.0, 0, 0.0, True, 0, ""
+        total, count, largest, within, same, missing, worst = 0.0, 0, 0.0, True, True, 0, ""
         for file, answer in self.answers.items():
             for name, value in recorded.values.get(file, {}).items():
                 field = recorded.field(name)
                 if name in answer:
                     apart = abs(answer[name] - value)
                     within &= apart <= field.allowed
+                    same &= apart <= field.noise
                     share = apart / field.scale
                 else:
                     missing, share = missing + 1, 1.0
@@ -75,18 +76,19 @@ class Trial:
                     largest, worst = share, file
         if not count:
             return None
-        return Gap(total / count, largest, within and not missing, missing, count, worst)
+        return Gap(total / count, largest, within and not missing, same and not missing, missing, count, worst)
 
 
 @dataclass(frozen=True)
 class Gap:
     """mean, largest: of the differences to the record, as shares of each quantity's scale. reproduced: every one is within
-    what is allowed. missing: recorded numbers that the answers do not have, such as of a window that is not cut; each counts
+    what is allowed; same: within what one computation leaves. missing: recorded numbers that the answers do not have, such as of a window that is not cut; each counts
     as a difference of 1. compared: how many numbers. worst: the file with the largest difference."""
 
     mean: float
     largest: float
     reproduced: bool
+    same: bool
     missing: int
     compared: int
     worst: str
