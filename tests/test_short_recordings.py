@@ -16,6 +16,7 @@ import yaml
 
 from skewless.core.definition import Definition
 from skewless.core.pipeline import Pipeline
+from skewless.core.postprocess.vote import SecondsVote
 from skewless.core.request import Request
 from skewless.core.runtimes import RUNTIMES, RuntimeSettings
 from skewless.core.service import ModelService
@@ -23,6 +24,7 @@ from skewless.core.stages import STAGES, InputError, PipelineError, Signal
 from skewless.evaluation.evaluate import evaluate
 from skewless.evaluation.scores import service_of
 from skewless.packaging.build import build_archive
+from skewless.packaging.execution import Execution
 from skewless.packaging.probes import network_inputs
 from skewless.programs.score import network_score
 from skewless.skew.measure import Comparator
@@ -356,6 +358,26 @@ def test_skew_reports_compare_no_window_with_a_padded_one(trained):
 def test_programs_are_scored_without_windows(trained):
     score, _ = network_score(trained.definition.folder, trained.checkpoint, trained.manifest.parent / "0.wav")
     assert score(np.zeros((0, 1, 16, 90), dtype=np.float32)) == (0.0,)
+
+
+def test_reports_and_programs_say_so_where_there_is_no_answer(trained, monkeypatch):
+    monkeypatch.setattr(SecondsVote, "without_windows", False)
+    served = trained.served
+    pair = Comparator(served.pipeline, served.pipeline, served.runtime, served.postprocessor)
+    with pytest.raises(InputError, match="reference: this recording is shorter than one window"):
+        pair.measure("20.wav", recording(0, 20, 1.5))
+    score, _ = network_score(trained.definition.folder, trained.checkpoint, trained.manifest.parent / "0.wav")
+    with pytest.raises(ValueError, match=r"the network cannot take \(0, 1, 16, 90\).*shorter than one window"):
+        score(np.zeros((0, 1, 16, 90), dtype=np.float32))
+
+
+def test_value_ranges_are_taken_from_windows(trained):
+    """A reduced precision is calibrated by the recordings that have any."""
+    rows = read_manifest(trained.manifest, trained.manifest.parent, trained.definition.classes)
+    calibration = [replace(row, split="train") for row in rows[19:]]
+    execution = Execution("onnxruntime", "int8", recordings=rows, calibration=calibration)
+    examples = list(execution._calibration_inputs(trained.definition.pipeline))
+    assert [len(example) for example in examples] == [2, 2, 2]
 
 
 def test_training_names_the_recordings_without_a_window(trained, tmp_path):

@@ -171,6 +171,15 @@ def test_a_mean_reaches_every_threshold_from_0_to_itself(name):
             assert answer(of, [], threshold)["orcaDetected"] is False
 
 
+def test_what_is_at_the_threshold_of_a_piece_is_not_in_the_mean():
+    """In all systems a piece is positive strictly above its threshold."""
+    assert answer(rule("positive_windows_mean"), [0.5, 0.75])["global_confidence"] == 0.75
+    assert answer(rule("positive_windows_mean"), [0.5])["global_confidence"] == 0.0
+    assert answer(rule("windows_vote"), [0.5, 0.75])["global_confidence"] == 75.0
+    assert answer(rule("seconds_vote"), [0.5, 0.75])["positive_seconds"] == [1.0, 2.0]
+    assert answer(rule("seconds_vote"), [0.5, 0.75])["global_confidence"] == 68.75
+
+
 def test_a_request_moves_the_threshold_of_the_decision_alone():
     body = answer(rule("positive_windows_mean"), [0.25, 0.625, 0.875], 0.875)
     assert (body["threshold_used"], body["window_threshold"], body["positive_windows"]) == (0.875, 0.5, [1.0, 2.0])
