@@ -49,9 +49,11 @@ def test_smoke_test_passes_on_every_path(server: Server, others: dict[str, Demon
 def test_answers_of_orca(client: Client, others: dict[str, Demonstration]):
     payload, entry = reference(others["orca"])
     body = client.predict_rest("orca", payload).body
-    assert body["global_confidence"] == pytest.approx(entry["scores"][0], abs=SERVED)
+    assert body["deciding_confidence"] == pytest.approx(entry["scores"][0], abs=SERVED)
     confidences = [second["confidence"] for second in body["seconds"]]
     assert confidences == pytest.approx([p for *_, p in entry["parts"]], abs=SERVED)
+    positive = [c for c in confidences if c > 0.5]
+    assert body["global_confidence"] == pytest.approx(100 * sum(positive) / max(1, len(positive)), abs=1e-9)
     assert body["orcaDetected"] is (sum(c > 0.5 for c in confidences) >= 3)
     assert client.predict_rest("orca", payload, headers={"X-Threshold": "1"}).body["orcaDetected"] is False
 

@@ -29,7 +29,7 @@ from skewless.core.networks.resnet18_fastai import ResNet18Fastai
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import build_postprocessor
 from skewless.core.postprocess.postprocessor import Part
-from skewless.core.postprocess.seconds_vote import SecondsVote
+from skewless.core.postprocess.vote import SecondsVote
 from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.stages import STAGES, InputError, PipelineError, Signal
 from skewless.demos import orca as corpus
@@ -194,6 +194,8 @@ def test_the_windows_reach_as_far_as_the_longest_recording():
 
 
 VARIANTS = {
+    "cached_16_bit": "pcm: missing here",
+    "float_to_32_bit": "pcm: missing here",
     "pad_minimum": "pad_frames.relative_to: 'reference' here, 'minimum' there",
     "filterbank_20k": "mel.rate: 16000 here, 0 there",
     "torchaudio_resampler": "resample.method: 'resample_poly' here, 'sinc_hann' there",
@@ -202,12 +204,89 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_differs_in_one_parameter(name):
-    variant = Pipeline.from_yaml(ARCHIVE / "variants" / f"{name}.yaml")
-    assert [str(difference) for difference in PIPELINE.diff(variant)] == [VARIANTS[name]]
+    assert [str(difference) for difference in PIPELINE.diff(variant(name))] == [VARIANTS[name]]
+
+
+def variant(name: str) -> Pipeline:
+    return Pipeline.from_yaml(ARCHIVE / "variants" / f"{name}.yaml")
 
 
 def test_there_are_no_other_variants():
-    assert {path.stem for path in (ARCHIVE / "variants").iterdir()} == set(VARIANTS)
+    assert {path.stem for path in (ARCHIVE / "variants").iterdir()} == {*VARIANTS, "resample_first"}
+
+
+def test_the_newest_front_end_differs_in_its_order_its_rounding_and_its_short_recordings():
+    assert list(variant("resample_first").stages) == [
+        *("decode", "downmix", "resample", "pcm", "segment", "mel", "decibel", "pad_frames", "replicate")
+    ]
+    assert sorted(str(difference) for difference in PIPELINE.diff(variant("resample_first"))) == [
+        "pcm: missing here",
+        "resample: missing here",
+        "resample: missing there",
+        "segment.short: 'pad' here, 'none' there",
+    ]
+
+
+FRONT_ENDS = {"cached_16_bit": ("pcm", oracle.cached_clips), "resample_first": ("segment", oracle.resampled_first)}
+
+
+@pytest.mark.parametrize("rate", [8000, 20000, 22050, 44100, 48000, 96000])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_the_systems_front_ends_give_the_same(name, subtype, rate):
+    """The clips bit for bit, by the libraries that the systems call; the decibels within the last bits that torch's product of
+    a larger matrix changes: measured, 8e-6 dB. The recording goes above full scale."""
+    stage, clips_of = FRONT_ENDS[name]
+    recording = recordings.wav(1.5 * recordings.coughs(rate, 4.3, channels=2), rate, subtype)
+    trace = variant(name).trace(recording)
+    clips = clips_of(recording)
+    assert len(clips) == len(trace[stage]) == 3
+    assert np.array_equal(trace[stage].numpy(), np.stack(clips))
+    assert len(np.unique(clips)) < 2**16
+    want = torch.stack([oracle.spectrogram(clip) for clip in clips])
+    torch.testing.assert_close(trace["replicate"], want, atol=5e-5, rtol=0)
+    assert torch.equal(variant(name)(recording), trace["replicate"])
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000, 96000])
+def test_the_newest_front_end_makes_as_many_windows(rate):
+    """Around the lengths at which there is one more, and where there is none."""
+    for samples in (1, rate, 2 * rate - 1, 2 * rate, 3 * rate - 1, 3 * rate, 3 * rate + 1):
+        recording = recordings.wav(recordings.coughs(rate, 3.1)[:, :samples], rate)
+        out = variant("resample_first").run(recording)
+        assert len(out.data) == len(oracle.resampled_first(recording)) == len(out.metadata["segment_times_s"])
+
+
+def test_float_recordings_are_clipped_where_they_become_32_bit_integers():
+    """Above full scale alone: what lies within it is kept to the last bit, as are recordings of integers."""
+    to_integers = variant("float_to_32_bit").stages["pcm"]
+    loud = (1.7 * recordings.coughs(44100, 2.5)).astype(np.float32)
+    assert np.abs(loud).max() > 1
+    got = to_integers(Signal(torch.from_numpy(loud), 44100, {})).data.numpy()
+    assert np.array_equal(
+        got, soundfile.read(io.BytesIO(recordings.wav(loud, 44100, "PCM_32")), dtype="float32")[0][None]
+    )
+    assert np.array_equal(got[np.abs(loud) > 0.01], loud.clip(-1, 1)[np.abs(loud) > 0.01])
+    for subtype in ("PCM_16", "PCM_24"):
+        integers = recordings.wav(loud, 44100, subtype)
+        assert torch.equal(variant("float_to_32_bit")(integers), PIPELINE(integers))
+    floats = recordings.wav(loud, 44100, "FLOAT")
+    assert not torch.equal(variant("float_to_32_bit")(floats), PIPELINE(floats))
+
+
+def test_the_cache_replaces_what_is_fainter_than_its_step():
+    """A faint sea becomes rounding noise: its quietest tenth of the spectrum rises by more than 20 dB."""
+    rng = np.random.default_rng(4)
+    sos = scipy.signal.butter(6, 2000, "lowpass", fs=48000, output="sos")
+    sea = 1e-3 * scipy.signal.sosfilt(sos, rng.standard_normal(3 * 48000))
+    recording = recordings.wav(sea[None].astype(np.float32), 48000, "FLOAT")
+    ours, theirs = (pipeline(recording)[..., :157].numpy() for pipeline in (PIPELINE, variant("cached_16_bit")))
+    heard = PIPELINE.stages["mel"].filterbank(16000).sum(dim=0).numpy() > 0
+    ours, theirs = ours[:, 0, heard], theirs[:, 0, heard]
+    faint = ours <= np.quantile(ours, 0.1)
+    assert float((theirs - ours)[faint].mean()) > 20
+    loud = ours >= np.quantile(ours, 0.9)
+    assert float(np.abs(theirs - ours)[loud].mean()) < 1
 
 
 def test_variants_change_the_networks_input():
@@ -215,7 +294,7 @@ def test_variants_change_the_networks_input():
     rate, samples = CASES["stereo 44.1 kHz"]
     data = recordings.wav(samples.astype(np.float32), rate, "FLOAT")
     ours = PIPELINE(data)
-    theirs = {name: Pipeline.from_yaml(ARCHIVE / "variants" / f"{name}.yaml")(data) for name in VARIANTS}
+    theirs = {name: variant(name)(data) for name in VARIANTS}
     lowest = ours[..., :157].amin(dim=(1, 2, 3), keepdim=True)
     assert torch.equal(theirs["pad_minimum"][..., :157], ours[..., :157])
     assert torch.equal(theirs["pad_minimum"][..., 157:], lowest.expand(-1, 1, 256, 155))
@@ -419,7 +498,8 @@ def test_seconds_by_hand(windows, seconds, score):
 def test_the_response():
     body = POSTPROCESSOR(outputs(0.75, 1.0), metadata(2), 0.75)
     assert body == {
-        "global_confidence": 0.75,
+        "global_confidence": 93.75,
+        "deciding_confidence": 0.75,
         "orcaDetected": False,
         "threshold_used": 0.75,
         "min_positive_seconds": 3,

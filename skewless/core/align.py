@@ -100,8 +100,14 @@ def definition_name(stage: Stage) -> str:
 
 def changed_parameters(before: Stage, after: Stage) -> dict[str, tuple[Any, Any]]:
     """Parameter to its two values, where they differ; None on a side that does not have the parameter."""
-    a, b = before.params(), after.params()
-    return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
+    names = {**before.params(), **after.params()}
+    values = {name: (_parameter(before, name), _parameter(after, name)) for name in names}
+    return {name: (a, b) for name, (a, b) in values.items() if a != b}
+
+
+def _parameter(stage: Stage, name: str) -> Any:
+    # A default that `params` leaves out, such as segment's `short`, is an attribute all the same.
+    return stage.params().get(name, getattr(stage, name, None))
 
 
 def align(reference: Pipeline, candidate: Pipeline) -> Alignment:

@@ -231,6 +231,7 @@ class ModelService:
             raise InputError(
                 f"what the network would take of this file has values that are NaN or infinite{level}; export it again"
             )
+        self.postprocessor.require_windows(len(signal.data))
         return signal
 
     def _prepare(self, request: Request | RequestError, budget: Budget) -> Prepared | RequestError:

@@ -218,9 +218,12 @@ class Execution:
     def _calibration_inputs(self, pipeline: Pipeline) -> Iterator[torch.Tensor]:
         for recording in self._calibrating:
             try:
-                yield pipeline(recording.path.read_bytes())
+                rows = pipeline(recording.path.read_bytes())
             except InputError as error:
                 raise BuildError(f"calibration recording {recording.file_path} cannot be read: {error}") from error
+            # A recording shorter than one window has no values to take ranges from.
+            if len(rows):
+                yield rows
 
 
 def _check_same(sha256: str, row: Mapping[str, str], recording: Recording, evaluation: Path) -> None:

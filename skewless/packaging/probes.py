@@ -65,13 +65,15 @@ def try_probes(pipeline: Pipeline, **limits: Unpack[InputLimits]) -> tuple[dict[
 
 
 def network_inputs(pipeline: Pipeline) -> Iterator[torch.Tensor]:
-    """What the pipeline gives for each probe that it accepts, `(S, ...)`, computed as it is asked for."""
+    """What the pipeline gives for each probe that it accepts, `(S, ...)`, computed as it is asked for; a row of zeros, `(1, ...)`,
+    where a probe is shorter than a window, so that there is always an input of the network's shape."""
     for payload in probes(pipeline.reads).values():
         try:
-            yield pipeline(payload)
+            rows = pipeline(payload)
         except InputError:
             # Such as a picture below the pipeline's smallest size.
             continue
+        yield rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
 
 
 def recordings() -> dict[str, bytes]:

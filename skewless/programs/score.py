@@ -37,6 +37,7 @@ def network_score(archive: Path, checkpoint: Path, file: Path) -> tuple[Score, f
         if tensor.dtype == torch.float64:
             tensor = tensor.float()
         try:
+            service.postprocessor.require_windows(len(tensor))
             (outputs,) = service.runtime([tensor])
             return tuple(service.postprocessor.scores(outputs))
         except Exception as error:  # numbers of a program that nobody trained with can be refused in any way

@@ -253,6 +253,7 @@ class Comparator:
         times = signal.metadata.get("segment_times_s")
         if times is not None and len(times) != len(signal.data):
             raise PipelineError(f"the pipeline gives {len(signal.data)} inputs for {len(times)} segments")
+        self._postprocessor.require_windows(len(signal.data))
         tensor = signal.data.contiguous()
         key = hashlib.sha256(repr((tensor.dtype, tensor.shape, times)).encode() + tensor.numpy().tobytes()).digest()
         if key not in scores:

@@ -112,9 +112,12 @@ class StageCache:
     def _entry(self, payload: bytes) -> Path:
         path = self._dir / f"{hashlib.sha256(payload).hexdigest()}.npy"
         if not path.exists():
+            kept = self._first(payload).numpy()
+            if not len(kept):
+                raise InputError("it is shorter than one window, so that there is nothing to train on")
             # As an open file: to a name, NumPy adds its own suffix.
             with atomic(path) as unfinished, open(unfinished, "wb") as file:
-                np.save(file, self._first(payload).numpy())
+                np.save(file, kept)
         return path
 
 

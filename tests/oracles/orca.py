@@ -1,15 +1,21 @@
-"""The orca pipeline in float64: every stage from its definition, on decoded samples.
+"""The orca pipeline in float64: every stage from its definition, on decoded samples. The stages that another pipeline has too
+are that one's, with other parameters.
 
-What fastai_audio computed, with the parameters that its training had. The stages that another pipeline has too are that
-one's, with other parameters.
+And the front ends of the systems behind it, in float32, by the libraries that they call: `cached_clips` and `resampled_first`
+up to the clips, `spectrogram` from a clip on.
 """
 
 from __future__ import annotations
 
+import io
 import math
 from functools import partial
 
 import numpy as np
+import scipy.signal
+import soundfile
+import torch
+import torchaudio.transforms as AT
 from numpy.typing import ArrayLike, NDArray
 
 from tests.oracles import cough
@@ -71,6 +77,43 @@ def trace(samples: ArrayLike, rate: int) -> dict[str, NDArray]:
     stages["pad_frames"] = pad_frames(stages["decibel"])
     stages["replicate"] = replicate(stages["pad_frames"], 1)
     return stages
+
+
+def cached_clips(recording: bytes) -> list[NDArray[np.float32]]:
+    """Clips of 2 s, one every second, each averaged over its channels, resampled to 20 kHz by scipy, written as a 16-bit WAV by
+    libsndfile, and read again: `(40000,)` each."""
+    samples, rate = soundfile.read(io.BytesIO(recording), dtype="float32", always_2d=True)
+    clips = [samples[k * rate : (k + 2) * rate] for k in range(len(samples) // rate - 1)]
+    return [_through_16_bits(_at_20_khz(clip.T, rate)) for clip in clips]
+
+
+def resampled_first(recording: bytes) -> list[NDArray[np.float32]]:
+    """The recording averaged over its channels, resampled to 20 kHz by scipy, written as a 16-bit WAV by libsndfile, and read
+    again; of that the clips of 2 s, one every second, that fit: `(40000,)` each."""
+    samples, rate = soundfile.read(io.BytesIO(recording), dtype="float32", always_2d=True)
+    whole = _through_16_bits(_at_20_khz(samples.T, rate))
+    starts = range(0, len(whole), 20000)
+    return [whole[start : start + 40000] for start in starts if start + 40000 <= len(whole)]
+
+
+def spectrogram(clip: NDArray[np.float32]) -> torch.Tensor:
+    """A clip `(40000,)` to `(1, 256, 312)`: decibels by torchaudio's transforms with their default rate, zeros behind them."""
+    mel = AT.MelSpectrogram(n_fft=2560, hop_length=256, n_mels=256, f_min=0.0, f_max=10000.0, pad=0)
+    decibels = AT.AmplitudeToDB(top_db=100)(mel(torch.from_numpy(clip)[None]))
+    return torch.nn.functional.pad(decibels, (0, 312 - decibels.shape[2]))
+
+
+def _at_20_khz(channels: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
+    mono = torch.from_numpy(np.ascontiguousarray(channels)).mean(dim=0).numpy()
+    common = math.gcd(rate, 20000)
+    return mono if rate == 20000 else scipy.signal.resample_poly(mono, 20000 // common, rate // common)
+
+
+def _through_16_bits(mono: NDArray[np.float32]) -> NDArray[np.float32]:
+    file = io.BytesIO()
+    soundfile.write(file, mono, 20000, format="WAV", subtype="PCM_16")
+    file.seek(0)
+    return soundfile.read(file, dtype="float32")[0]
 
 
 def second_confidences(windows: ArrayLike) -> Array:

@@ -18,7 +18,10 @@ POSTPROCESSORS: Catalogue[Postprocessor] = Catalogue(
         "bag_threshold": "skewless.core.postprocess.bag_threshold:BagThreshold",
         "class_probabilities": "skewless.core.postprocess.class_probabilities:ClassProbabilities",
         "label_threshold": "skewless.core.postprocess.label_threshold:LabelThreshold",
-        "seconds_vote": "skewless.core.postprocess.seconds_vote:SecondsVote",
+        "positive_windows_mean": "skewless.core.postprocess.windows_mean:PositiveWindowsMean",
+        "seconds_vote": "skewless.core.postprocess.vote:SecondsVote",
+        "top_windows_mean": "skewless.core.postprocess.windows_mean:TopWindowsMean",
+        "windows_vote": "skewless.core.postprocess.vote:WindowsVote",
     },
 )
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from skewless.core.stages import InputError
+
 
 class Part(NamedTuple):
     """A piece of a recording with a probability of its own; times in seconds from the start."""
@@ -27,11 +29,14 @@ class Postprocessor(ABC):
     threshold: where neither the request nor the archive's metrics give one; in [0, 1].
     classes: the labels' names, by the labels' numbers.
     tuned: whether evaluation chooses the threshold; else the one above stays.
+    without_windows: whether there is an answer for a recording of which the pipeline gives no window, as `segment` does with
+        `short: none`. The network has no outputs for it: they are an empty mapping.
     """
 
     threshold: float
     classes: tuple[str, ...]
     tuned: ClassVar[bool] = True
+    without_windows: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, outputs: Mapping[str, torch.Tensor]) -> tuple[float, ...]:
@@ -58,6 +63,13 @@ class Postprocessor(ABC):
         chosen = self.choose(scores, threshold)
         others = [score for number, score in enumerate(scores) if number != chosen]
         return all(math.isfinite(s) for s in scores) and scores[chosen] - margin > max(others) + margin
+
+    def require_windows(self, windows: int) -> None:
+        """Raise InputError for a recording of no windows, unless there is an answer without one."""
+        if windows == 0 and not self.without_windows:
+            raise InputError(
+                "this recording is shorter than one window, and this model has no answer without one; send a longer recording"
+            )
 
     def parts(self, outputs: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> list[Part]:
         """The probabilities of the recording's pieces, in order; empty where an input is judged as a whole."""

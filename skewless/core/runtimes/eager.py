@@ -76,7 +76,7 @@ class EagerRuntime(Runtime):
                 raise ValueError(f"{WEIGHTS} does not fit the network: {error}") from error
         return cls(built, device, settings, absorbed)
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    def compute(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU.
 
         All rows form one flat batch, so nothing is padded; heads see one recording at a time, so a recording's result

@@ -74,7 +74,7 @@ class MnnRuntime(GraphRuntime):
         """The archive's two graphs. Raises ValueError when MNN is not installed, or cannot open them."""
         return cls(folder / ENCODER, folder / HEAD, settings)
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    def compute(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU.
 
         What a recording gets does not depend on the others, to the last bit.

@@ -57,7 +57,7 @@ class OnnxRuntime(GraphRuntime):
         """The archive's model.onnx. Raises ValueError when onnxruntime is not installed or cannot use the device."""
         return cls(folder / MODEL, device, settings)
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    def compute(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU.
 
         Every recording is a run of its own, so its result cannot depend on its neighbours.

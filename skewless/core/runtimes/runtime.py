@@ -93,10 +93,15 @@ class Runtime(ABC):
     ) -> Runtime:
         """The runtime with an unpacked archive's weights. Raises ValueError when they do not fit, or the device cannot be used."""
 
-    @abstractmethod
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Recordings, each `(S_i, ...)` float32 or float16, to each one's outputs on the CPU. What one recording gets does not
-        depend on the others."""
+        depend on the others. One of no rows, S_i = 0, has no outputs: the network has nothing to say of it."""
+        computed = iter(self.compute([rows for rows in inputs if len(rows)]))
+        return [next(computed) if len(rows) else {} for rows in inputs]
+
+    @abstractmethod
+    def compute(self, inputs: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """What the call gives for recordings of at least one row each."""
 
     @property
     def rows_at_once(self) -> int:

@@ -48,6 +48,9 @@ def compare_stages(
 
 
 def _compare(name: str, now: torch.Tensor, then: torch.Tensor, tolerance: Tolerance, unit: str) -> None:
+    if not len(then):
+        # Of no values, and so are those of now: they have the same shape.
+        return
     scale = float(then.abs().max()) or 1.0 if tolerance.relative else 1.0
     difference = (now - then).abs() / scale
     mean, largest = float(difference.mean()), float(difference.max())

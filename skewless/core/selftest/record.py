@@ -59,8 +59,11 @@ def kind(data: torch.Tensor) -> str:
 
 
 def summary(data: torch.Tensor) -> torch.Tensor:
-    """Mean, standard deviation, minimum, maximum and values at fixed places, in float64: `(4 + samples,)`."""
+    """Mean, standard deviation, minimum, maximum and values at fixed places, in float64: `(4 + samples,)`; of no values, as a
+    recording without windows has, `(0,)`."""
     flat = data.detach().flatten().double()
+    if not len(flat):
+        return flat
     # In integers: the float32 of a linspace rounds differently from one processor to the next.
     count = min(_SAMPLES, len(flat))
     places = torch.arange(count) * (len(flat) - 1) // max(count - 1, 1)

@@ -13,6 +13,7 @@ _MODULES = {
         "resample": "Resample",
         "highpass": "Highpass",
     },
+    "pcm": {"pcm": "Pcm"},
     "segment": {"segment": "Segment"},
     "spectrogram": {
         "mel": "Mel",

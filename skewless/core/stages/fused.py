@@ -261,7 +261,8 @@ class _Pictures(Fused):
         return (
             signal.data.shape[0] == 1
             and signal.data.shape[1] > 0
-            and _Frames.of(self.segment.cut(signal), self.mel) is not None
+            and (cut := self.segment.cut(signal)).count > 0
+            and _Frames.of(cut, self.mel) is not None
             and bool(np.abs(signal.data.numpy()).max() < 1e12)
         )
 

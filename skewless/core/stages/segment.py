@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Cut:
         return given.of(
             data,
             segment_times_s=times,
-            analyzed_s=min(times[-1][1], given.metadata["duration_s"]),
+            analyzed_s=min(times[-1][1], given.metadata["duration_s"]) if times else 0.0,
             truncated=self.truncated,
         )
 
@@ -40,7 +40,9 @@ class Segment(Stage, name="segment"):
     """Windows of `duration_s` every `hop_s`, at most the first `max_segments`: `(1, N) -> (S, samples)`.
 
     tail "drop" keeps only windows that fit; "pad" keeps every window that starts inside the recording and
-    zero-pads it. With "drop", a recording shorter than one window becomes one zero-padded window.
+    zero-pads it.
+    short: with "drop", what a recording shorter than one window becomes: "pad", one zero-padded window; "none", no window,
+    `(0, samples)`. Post-processing that cannot answer without a window refuses such a recording.
 
     Metadata added: `segment_times_s` (start and end of each window), `analyzed_s` (end of the last one, at most the
     recording's duration), `truncated` (True when `max_segments` left windows out).
@@ -53,15 +55,27 @@ class Segment(Stage, name="segment"):
     hop_s: float
     max_segments: int
     tail: Literal["drop", "pad"]
+    short: Literal["pad", "none"] = "pad"
 
     def __post_init__(self):
         self.require(self.duration_s > 0, f"duration_s is {self.duration_s}, expected a positive number")
         self.require(self.hop_s > 0, f"hop_s is {self.hop_s}, expected a positive number")
         self.require(self.max_segments > 0, f"max_segments is {self.max_segments}, expected at least 1")
+        self.require(
+            self.tail == "drop" or self.short == "pad",
+            "short none does nothing with tail pad, which pads every window; choose tail drop, or leave short out",
+        )
 
     def __call__(self, signal: Signal) -> Signal:
         cut = self.cut(signal)
+        if cut.count == 0:
+            return cut.signal(signal, cut.waveform.new_empty(0, cut.window))
         return cut.signal(signal, cut.waveform.unfold(0, cut.window, cut.hop).contiguous())
+
+    def params(self) -> dict[str, Any]:
+        """Every parameter but a `short` of "pad": pipelines that were written before there was one keep their fingerprint."""
+        spelt_out = super().params()
+        return {name: value for name, value in spelt_out.items() if (name, value) != ("short", "pad")}
 
     def cut(self, signal: Signal) -> Cut:
         """Where the segments of a waveform `(1, N)` lie; raises PipelineError for more than one channel."""
@@ -71,11 +85,11 @@ class Segment(Stage, name="segment"):
         window, hop = int(self.duration_s * rate), int(self.hop_s * rate)
         total = signal.metadata["num_samples"]
         if self.tail == "drop":
-            fitting = max(1, 1 + (total - window) // hop)
+            fitting = max(1 if self.short == "pad" else 0, 1 + (total - window) // hop)
         else:
             fitting = math.ceil(total / hop)
         count = min(fitting, self.max_segments)
-        span = (count - 1) * hop + window
+        span = (count - 1) * hop + window if count else 0
         waveform = signal.data[0, :span]
         waveform = F.pad(waveform, (0, span - waveform.shape[0]))
         return Cut(waveform, window, hop, count, truncated=fitting > count)

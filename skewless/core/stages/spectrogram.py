@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio.functional as AF
 
-from skewless.core.stages.stage import Signal, Stage, Tolerance
+from skewless.core.stages.stage import Signal, Stage, Tolerance, each_row
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,13 @@ class Mel(Stage, name="mel"):
         return _filterbank(self.n_fft // 2 + 1, self.f_min, self.f_max, self.n_mels, rate, norm, self.mel_scale)
 
     def __call__(self, signal: Signal) -> Signal:
-        spectrum = AF.spectrogram(
-            signal.data,
+        spectrum = each_row(self._spectrum, signal.data)
+        filterbank = self.filterbank(self.rate or signal.sampling_rate)
+        return signal.of(torch.matmul(spectrum.transpose(-1, -2), filterbank).transpose(-1, -2))
+
+    def _spectrum(self, segments: torch.Tensor) -> torch.Tensor:
+        return AF.spectrogram(
+            segments,
             pad=0,
             window=self.window,
             n_fft=self.n_fft,
@@ -67,8 +72,6 @@ class Mel(Stage, name="mel"):
             power=self.power,
             normalized=False,
         )
-        filterbank = self.filterbank(self.rate or signal.sampling_rate)
-        return signal.of(torch.matmul(spectrum.transpose(-1, -2), filterbank).transpose(-1, -2))
 
 
 # Bounded: with `rate: 0` it is the recordings' own rates, which their senders choose.
@@ -105,10 +108,13 @@ class Decibel(Stage, name="decibel"):
         self.require(self.amin > 0, f"amin is {self.amin}, expected a positive power")
 
     def __call__(self, signal: Signal) -> Signal:
+        return signal.of(each_row(self._decibels, signal.data))
+
+    def _decibels(self, power: torch.Tensor) -> torch.Tensor:
         # amplitude_to_DB takes its maximum over the last three dimensions: (S, 1, F, T) gives each segment its own.
-        data = signal.data.unsqueeze(1) if self.max_over == "segment" else signal.data.unsqueeze(0)
+        data = power.unsqueeze(1) if self.max_over == "segment" else power.unsqueeze(0)
         data = AF.amplitude_to_DB(data, multiplier=10.0, amin=self.amin, db_multiplier=0.0, top_db=self.top_db)
-        return signal.of(data.reshape(signal.data.shape))
+        return data.reshape(power.shape)
 
 
 @dataclass(frozen=True)

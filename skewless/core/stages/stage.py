@@ -130,6 +130,15 @@ class Tolerance:
     relative: bool = False
 
 
+def each_row(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """What a function of rows `(S, ...)` gives, also for no row: then it is given one of zeros, and its result dropped.
+
+    Some operations of torch refuse a batch of 0, which a recording has that is too short for one window."""
+    if len(rows):
+        return function(rows)
+    return function(rows.new_zeros(1, *rows.shape[1:]))[:0]
+
+
 # A few float32 operations on values of about the same size.
 DEFAULT_TOLERANCE = Tolerance(5e-6, 5e-4, "float32 arithmetic", relative=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchaudio.functional as AF
 import torchaudio.transforms as AT
 
-from skewless.core.stages.stage import InputError, Signal, Stage, Tolerance
+from skewless.core.stages.stage import InputError, Signal, Stage, Tolerance, each_row
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Resample(Stage, name="resample"):
         total = signal.metadata["num_samples"]
         if self.method == "sinc_hann":
             self.check_kernel(rate)
-            data = resampler(rate, self.rate, self.lowpass_filter_width, self.rolloff)(signal.data)
+            data = each_row(resampler(rate, self.rate, self.lowpass_filter_width, self.rolloff), signal.data)
             # For the whole recording, where only its head is here.
             total = sinc_length(total, up, down)
         elif self.method == "resample_poly":
@@ -103,7 +103,7 @@ class Resample(Stage, name="resample"):
             data = _resample_poly(signal.data, up, down)
             total = -(-total * up // down)
         else:
-            data = _soxr_hq(signal.data, rate, self.rate)
+            data = each_row(partial(_soxr_hq, source=rate, target=self.rate), signal.data)
             total = _soxr_length(total, rate, self.rate)
         return signal.of(data, rate=self.rate, num_samples=total)
 
