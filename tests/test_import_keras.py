@@ -328,6 +328,13 @@ FRONTS: dict[str, tuple[Callable, list[dict]]] = {
         lambda x: layers.Rescaling(1 / 127.5, -1)(layers.Resizing(224, 224)(x)),
         [{"resize": {"height": 224, "width": 224, "method": "bilinear"}}, HALVES],
     ),
+    "resizing otherwise": (
+        lambda x: layers.Resizing(224, 224, antialias=True)(layers.Resizing(150, 260, "nearest", antialias=True)(x)),
+        [
+            {"resize": {"height": 150, "width": 260, "method": "nearest"}},
+            {"resize": {"height": 224, "width": 224, "method": "bilinear", "antialias": True}},
+        ],
+    ),
 }
 
 
@@ -341,10 +348,20 @@ def test_what_stands_before_the_network_becomes_stages(base, empty, name: str):
     levels = np.random.default_rng(0).uniform(0, 255, (1, 224, 224, 3)).astype(np.float32)
     expected = keras.Model(image, front(image)).predict(levels, verbose=0).transpose(0, 3, 1, 2)
     data = torch.from_numpy(levels).permute(0, 3, 1, 2)
-    for stage in Pipeline.from_dict({"name": "x", "stages": stages}).stages.values() if stages else ():
-        data = stage(Signal(data)).data
+    for number, stage in enumerate(stages):
+        data = (
+            Pipeline.from_dict({"name": f"stage {number}", "stages": [stage]})
+            .stages[next(iter(stage))](Signal(data))
+            .data
+        )
     # Float32 on numbers up to 255, and constants of six digits.
     assert np.abs(data.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_bicubic_that_depends_on_what_keras_ran_on_is_said(base, empty):
+    smooth, plain = (layers.Resizing(224, 224, "bicubic", antialias=antialias) for antialias in (True, False))
+    assert "bicubic" not in str(graph(with_front(base, smooth), empty).notes)
+    assert "bicubic is TensorFlow's here" in str(graph(with_front(base, plain), empty).notes)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +377,7 @@ def test_what_stands_before_the_network_becomes_stages(base, empty, name: str):
         (lambda x: x + keras.ops.ones((224, 224, 3)), "shape \\(224, 224, 3\\)"),
         (lambda x: x * x, "Multiply"),
         (lambda x: 1.0 / x, "Divide"),
-        (lambda x: layers.Resizing(224, 224, interpolation="nearest")(x), "nearest"),
+        (lambda x: layers.Resizing(224, 224, pad_to_aspect_ratio=True)(x), "pad_to_aspect_ratio"),
         (lambda x: layers.Resizing(224, 224, crop_to_aspect_ratio=True)(x), "crop_to_aspect_ratio"),
         (lambda x: layers.Concatenate()([x[..., :1], x[..., 1:]]), "GetItem|Concatenate"),
     ],
