@@ -74,7 +74,7 @@ def windows(before: int, after: int, method: str, antialias: bool) -> Windows:
 
 def _kernel(before: int, after: int, kernel: Kernel, antialias: bool) -> Windows:
     inverse = np.float32(1) / (np.float32(after) / np.float32(before))
-    stretch = np.float32(max(inverse, 1) if antialias else 1)
+    stretch = np.float32(max(float(inverse), 1.0) if antialias else 1.0)
     reach = np.float32(kernel.radius) * stretch
     places = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * inverse
     first = np.clip(np.ceil(places - reach - np.float32(0.5)).astype(np.intp), 0, before - 1)
