@@ -9,6 +9,7 @@ import random
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tests.conftest import ROOT, run_skewless
 from tests.keras_on_torch import keras
 from tests.recordings import one_thread  # noqa: F401
 from tests.test_portrait import encoded, picture
+from tests.test_portrait_loaders import app
 
 ARCHIVE = ROOT / "archive" / "portrait"
 DEFINITION = Definition.read(ARCHIVE)
@@ -64,8 +66,8 @@ def augmented(base: keras.Model) -> keras.Model:
 
 def sequential(base: keras.Model) -> keras.Model:
     augmentation = keras.Sequential([layers.RandomFlip(), layers.RandomZoom(0.1)], name="augmentation")
-    head = [layers.GlobalAveragePooling2D(), layers.Dense(256, "relu"), layers.Dropout(0.2), layers.Dense(3, "softmax")]
-    model = keras.Sequential([augmentation, base, *head])
+    head = [layers.Dense(256, "relu"), layers.Dropout(0.2), layers.Dense(3, "softmax")]
+    model = keras.Sequential([augmentation, base, layers.GlobalAveragePooling2D(), layers.Dropout(0.2), *head])
     model.build((None, 224, 224, 3))
     return model
 
@@ -745,6 +747,41 @@ def test_weights_as_keras_draws_them_are_refused(fresh: str, finding: str):
 
 
 # --- from file to checkpoint
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_behind_the_apps_own_lines_a_model_answers_as_the_app_does(files: Path, models, tmp_path: Path, name: str):
+    """Pictures read, resized and preprocessed as in the deployed program, and Keras' own predict."""
+    out, variant = tmp_path / "best.pth", ARCHIVE / "variants" / "app_py.yaml"
+    request = ImportRequest(ARCHIVE, files / name, out, variant, DEFINITION.classes)
+    result = import_file(request)
+    assert result.classes == DEFINITION.classes and "orientation: stored" not in result.text()
+    pipeline = Pipeline.from_yaml(variant)
+    expected = models["flat"].predict(np.concatenate([app(data) for data in FILES.values()]), verbose=0)
+    outputs = EagerRuntime(
+        network_of(load_checkpoint(out), replace(DEFINITION, pipeline=pipeline)), torch.device("cpu")
+    )([pipeline(data) for data in FILES.values()])
+    probabilities = np.stack([o["class_probabilities"].numpy() for o in outputs])
+    out.unlink()
+    # As above: 53 convolutions in another order.
+    assert np.abs(probabilities - expected).max() <= 5e-5
+
+
+def test_what_keras_loaders_leave_out_is_said(base, empty, tmp_path: Path):
+    path = model_file(base, empty, tmp_path, lambda x: x, nothing)
+    result = import_file(ImportRequest(ARCHIVE, path, tmp_path / "best.pth", classes=DEFINITION.classes))
+    (note,) = (line for line in result.text().splitlines() if "Keras' loaders" in line)
+    for part in (
+        "leave a picture as it is stored and drop its alpha",
+        "pipeline 'portrait' turns it upright (orientation: upright)",
+        "blends transparent pixels with [255, 255, 255] (background)",
+        "set orientation: stored and background: [] in decode_image",
+        "variants/app_py.yaml, ",
+        "variants/image_dataset_from_directory.yaml, ",
+        "variants/load_img.yaml have both",
+    ):
+        assert part in note
+    assert "rgb_order" not in note
 
 
 def test_a_model_becomes_a_checkpoint(files: Path, theirs, tmp_path: Path):
