@@ -508,7 +508,8 @@ def test_several_classes_are_compared_by_all_their_scores(monkeypatch: pytest.Mo
     rows = [Recording(str(i), Path(str(i)), i % 3, "val") for i in range(9)]
     right = np.eye(3)[[r.label for r in rows]] * 0.5 + 0.25
     scores = {"right": right, "wrong": np.roll(right, 1, axis=1), "one": np.where([0, 0, 1], right, 0.3)}
-    monkeypatch.setattr(evidence, "service_of", lambda *_: ModelService(DEFINITION, None, {}))
+    portrait = Definition.read(ROOT / "archive" / "portrait")
+    monkeypatch.setattr(evidence, "service_of", lambda *_: ModelService(portrait, None, {}))
     monkeypatch.setattr(
         evidence,
         "predict",
@@ -516,10 +517,11 @@ def test_several_classes_are_compared_by_all_their_scores(monkeypatch: pytest.Mo
     )
     recorded = {r.file_path: tuple(s) for r, s in zip(rows[:6], right, strict=False)}
     candidates = dict.fromkeys(scores, PIPELINE)
-    trials = compare(*(DEFINITION, {}, candidates, rows, torch.device("cpu")), recorded_auc=1.0, recorded=recorded)
+    trials = compare(*(portrait, {}, candidates, rows, torch.device("cpu")), recorded_auc=1.0, recorded=recorded)
     # Of three classes, each against the rest: all right, each half wrong, and one right beside two that are guessed.
     assert [t.auc for t in trials] == pytest.approx([1.0, 0.25, 2 / 3])
     assert [t.max_dp for t in trials] == pytest.approx([0.0, 0.5, 0.45])
+    assert [t.orders.best[0].classes[0] for t in trials] == ["animal", "human", "animal"]
     assert judge(trials, rows).text.startswith("right reproduces the recorded probabilities")
 
 
