@@ -53,8 +53,8 @@ def said_classes(given: Sequence[str], config: Mapping[str, Any], definition: De
             f"this order; a wrong order swaps labels and nothing would notice.{second}\nLook in the training script for the list "
             "of class names, or for how it numbers them: image_dataset_from_directory, flow_from_directory and ImageFolder take "
             "the folders' names, and LabelEncoder the labels, in alphabetical order. Then say it, such as "
-            f"--classes {','.join(ours)}\nNot sure? Give --manifest with some files that you label yourself: it shows which order "
-            "fits."
+            f"--classes {','.join(ours)}\nNot sure? Give --manifest with some files that you label yourself, all of split val: it shows "
+            "which order fits."
         )
     who = "--classes is" if given else "the file's configuration has the classes"
     if sorted(said) != sorted(ours):
