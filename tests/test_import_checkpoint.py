@@ -41,6 +41,7 @@ from tests.recordings import one_thread, wav  # noqa: F401
 
 COUGH = ROOT / "archive" / "cough"
 DEFINITION = Definition.read(COUGH)
+CLASSES = ("negative", "positive")
 PIPELINE = DEFINITION.pipeline
 CONFIG = {
     "sample_rate": 16000,
@@ -507,7 +508,8 @@ def test_several_classes_are_compared_by_all_their_scores(monkeypatch: pytest.Mo
     rows = [Recording(str(i), Path(str(i)), i % 3, "val") for i in range(9)]
     right = np.eye(3)[[r.label for r in rows]] * 0.5 + 0.25
     scores = {"right": right, "wrong": np.roll(right, 1, axis=1), "one": np.where([0, 0, 1], right, 0.3)}
-    monkeypatch.setattr(evidence, "service_of", lambda *_: ModelService(DEFINITION, None, {}))
+    portrait = Definition.read(ROOT / "archive" / "portrait")
+    monkeypatch.setattr(evidence, "service_of", lambda *_: ModelService(portrait, None, {}))
     monkeypatch.setattr(
         evidence,
         "predict",
@@ -515,14 +517,16 @@ def test_several_classes_are_compared_by_all_their_scores(monkeypatch: pytest.Mo
     )
     recorded = {r.file_path: tuple(s) for r, s in zip(rows[:6], right, strict=False)}
     candidates = dict.fromkeys(scores, PIPELINE)
-    trials = compare(*(DEFINITION, {}, candidates, rows, torch.device("cpu")), recorded_auc=1.0, recorded=recorded)
+    trials = compare(*(portrait, {}, candidates, rows, torch.device("cpu")), recorded_auc=1.0, recorded=recorded)
     # Of three classes, each against the rest: all right, each half wrong, and one right beside two that are guessed.
     assert [t.auc for t in trials] == pytest.approx([1.0, 0.25, 2 / 3])
     assert [t.max_dp for t in trials] == pytest.approx([0.0, 0.5, 0.45])
+    assert [t.orders.best[0].classes[0] for t in trials] == ["animal", "human", "animal"]
     assert judge(trials, rows).text.startswith("right reproduces the recorded probabilities")
 
 
 def imported(file: Path, out: Path, pipeline: Path | None = COUGH / "pipeline.yaml", **more: Any) -> ImportResult:
+    more = {"classes": CLASSES} | more
     return import_file(ImportRequest(archive=COUGH, file=file, out=out, pipeline=pipeline, **more))
 
 
@@ -591,6 +595,7 @@ def test_the_command_imports_and_says_so_as_json(tmp_path: Path):
         tmp_path / "new.pth",
     )
     arguments = ("import", "archive/cough", old, "--pipeline", "archive/cough/pipeline.yaml", "--out", out)
+    arguments += ("--classes", "negative,positive")
     refused = run_skewless(*arguments, check=False)
     assert refused.returncode == 2 and "--accept-untrained bag_head.4" in refused.stderr
     printed = json.loads(run_skewless(*arguments, "--accept-untrained", "bag_head.4", "--json").stdout)
@@ -602,6 +607,7 @@ def test_the_command_imports_and_says_so_as_json(tmp_path: Path):
         "sha256": file_digest(old),
         "epoch": 3,
         "val_auc": 0.9904,
+        "classes": ["negative", "positive"],
     }
 
 
@@ -621,7 +627,8 @@ def stripped(demonstration: Demonstration, tmp_path_factory: pytest.TempPathFact
 
 def test_an_imported_checkpoint_is_evaluated_and_packaged(demonstration: Demonstration, stripped: Path, tmp_path: Path):
     new = tmp_path / "run" / "best.pth"
-    result = run_skewless("import", "archive/cough", stripped, "--pipeline", COUGH / "pipeline.yaml", "--out", new)
+    arguments = ("--pipeline", COUGH / "pipeline.yaml", "--classes", "negative,positive", "--out", new)
+    result = run_skewless("import", "archive/cough", stripped, *arguments)
     assert "agrees with" in result.stdout
     assert "note: what training computed is not in the file: evaluation cannot check itself against it" in result.stdout
     original, checkpoint = load_checkpoint(demonstration.checkpoint), load_checkpoint(new)
@@ -633,6 +640,7 @@ def test_an_imported_checkpoint_is_evaluated_and_packaged(demonstration: Demonst
         "sha256": file_digest(stripped),
         "epoch": original["epoch"],
         "val_auc": original["val_auc"],
+        "classes": ["negative", "positive"],
     }
     assert checkpoint["validation_scores"] == {}
     state = network_of(original, DEFINITION).state_dict()
@@ -687,7 +695,8 @@ def test_the_pipeline_that_reproduces_the_record_is_named(
         count = sum(row["split"] == "val" for row in csv.DictReader(file))
     assert f"{count} recordings of split 'val', {count} with a recorded probability" in result.text()
     table = [line.strip("|").split("|") for line in result.text().splitlines() if line.startswith("|")][2:]
-    largest = {Path(name.strip()).stem: float(number) for name, _, _, number, _ in table}
+    # The second table is of the classes' orders.
+    largest = {Path(row[0].strip()).stem: float(row[3]) for row in table if len(row) == 5}
     assert largest.pop("pipeline") < 1e-6 < min(largest.values())
     assert set(largest) == {"no_highpass", "tail_only"}
     assert load_checkpoint(tmp_path / "new.pth")["pipeline"]["name"] == Pipeline.from_yaml(COUGH / chosen).name

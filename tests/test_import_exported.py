@@ -70,6 +70,7 @@ def folder(tmp_path: Path, exported: Path) -> Path:
 
 
 def imported(folder: Path, file: Path, **more) -> ImportResult:
+    more = {"classes": ["negative", "positive"]} | more
     return import_file(ImportRequest(folder, file, folder.parent / "run" / "best.pth", **more))
 
 
@@ -82,9 +83,10 @@ def test_an_exported_network_becomes_a_checkpoint(folder: Path, exported: Path):
         "sha256": file_digest(exported),
         "epoch": None,
         "val_auc": None,
+        "classes": ["negative", "positive"],
     }
     assert "note: the file does not say what its network was trained behind" in result.text()
-    assert "the classes are taken to be negative, positive, in this order" in result.text()
+    assert "its outputs are negative, positive, in this order" in result.text()
     (scored,) = service_of(definition, checkpoint, torch.device("cpu")).score([RECORDING])
     with torch.inference_mode():
         expected = trained()(definition.pipeline(RECORDING))["probability"].item()

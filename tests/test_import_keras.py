@@ -9,6 +9,7 @@ import random
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tests.conftest import ROOT, run_skewless
 from tests.keras_on_torch import keras
 from tests.recordings import one_thread  # noqa: F401
 from tests.test_portrait import encoded, picture
+from tests.test_portrait_loaders import app
 
 ARCHIVE = ROOT / "archive" / "portrait"
 DEFINITION = Definition.read(ARCHIVE)
@@ -64,8 +66,8 @@ def augmented(base: keras.Model) -> keras.Model:
 
 def sequential(base: keras.Model) -> keras.Model:
     augmentation = keras.Sequential([layers.RandomFlip(), layers.RandomZoom(0.1)], name="augmentation")
-    head = [layers.GlobalAveragePooling2D(), layers.Dense(256, "relu"), layers.Dropout(0.2), layers.Dense(3, "softmax")]
-    model = keras.Sequential([augmentation, base, *head])
+    head = [layers.Dense(256, "relu"), layers.Dropout(0.2), layers.Dense(3, "softmax")]
+    model = keras.Sequential([augmentation, base, layers.GlobalAveragePooling2D(), layers.Dropout(0.2), *head])
     model.build((None, 224, 224, 3))
     return model
 
@@ -242,7 +244,7 @@ def test_parameters_reach_the_layers():
 def test_notes_say_what_was_left_out(files: Path, empty):
     found = read_keras(files / "augmented.keras", empty)
     assert found.stages == (CAFFE,)
-    for expected in ("RandomFlip 'random_flip", "RandomRotation", "Dropout", "optimizer", "Keras 3.15", "which class"):
+    for expected in ("RandomFlip 'random_flip", "RandomRotation", "Dropout", "optimizer", "Keras 3.15"):
         assert expected in str(found.notes)
     found = read_keras(files / "sequential.keras", empty)
     assert found.stages == () and "RandomZoom" in str(found.notes) and "does nothing to its input" in str(found.notes)
@@ -328,6 +330,13 @@ FRONTS: dict[str, tuple[Callable, list[dict]]] = {
         lambda x: layers.Rescaling(1 / 127.5, -1)(layers.Resizing(224, 224)(x)),
         [{"resize": {"height": 224, "width": 224, "method": "bilinear"}}, HALVES],
     ),
+    "resizing otherwise": (
+        lambda x: layers.Resizing(224, 224, antialias=True)(layers.Resizing(150, 260, "nearest", antialias=True)(x)),
+        [
+            {"resize": {"height": 150, "width": 260, "method": "nearest"}},
+            {"resize": {"height": 224, "width": 224, "method": "bilinear", "antialias": True}},
+        ],
+    ),
 }
 
 
@@ -341,10 +350,20 @@ def test_what_stands_before_the_network_becomes_stages(base, empty, name: str):
     levels = np.random.default_rng(0).uniform(0, 255, (1, 224, 224, 3)).astype(np.float32)
     expected = keras.Model(image, front(image)).predict(levels, verbose=0).transpose(0, 3, 1, 2)
     data = torch.from_numpy(levels).permute(0, 3, 1, 2)
-    for stage in Pipeline.from_dict({"name": "x", "stages": stages}).stages.values() if stages else ():
-        data = stage(Signal(data)).data
+    for number, stage in enumerate(stages):
+        data = (
+            Pipeline.from_dict({"name": f"stage {number}", "stages": [stage]})
+            .stages[next(iter(stage))](Signal(data))
+            .data
+        )
     # Float32 on numbers up to 255, and constants of six digits.
     assert np.abs(data.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_a_bicubic_that_depends_on_what_keras_ran_on_is_said(base, empty):
+    smooth, plain = (layers.Resizing(224, 224, "bicubic", antialias=antialias) for antialias in (True, False))
+    assert "bicubic" not in str(graph(with_front(base, smooth), empty).notes)
+    assert "bicubic is TensorFlow's here" in str(graph(with_front(base, plain), empty).notes)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +379,7 @@ def test_what_stands_before_the_network_becomes_stages(base, empty, name: str):
         (lambda x: x + keras.ops.ones((224, 224, 3)), "shape \\(224, 224, 3\\)"),
         (lambda x: x * x, "Multiply"),
         (lambda x: 1.0 / x, "Divide"),
-        (lambda x: layers.Resizing(224, 224, interpolation="nearest")(x), "nearest"),
+        (lambda x: layers.Resizing(224, 224, pad_to_aspect_ratio=True)(x), "pad_to_aspect_ratio"),
         (lambda x: layers.Resizing(224, 224, crop_to_aspect_ratio=True)(x), "crop_to_aspect_ratio"),
         (lambda x: layers.Concatenate()([x[..., :1], x[..., 1:]]), "GetItem|Concatenate"),
     ],
@@ -730,9 +749,44 @@ def test_weights_as_keras_draws_them_are_refused(fresh: str, finding: str):
 # --- from file to checkpoint
 
 
+@pytest.mark.parametrize("name", SAVED)
+def test_behind_the_apps_own_lines_a_model_answers_as_the_app_does(files: Path, models, tmp_path: Path, name: str):
+    """Pictures read, resized and preprocessed as in the deployed program, and Keras' own predict."""
+    out, variant = tmp_path / "best.pth", ARCHIVE / "variants" / "app_py.yaml"
+    request = ImportRequest(ARCHIVE, files / name, out, variant, DEFINITION.classes)
+    result = import_file(request)
+    assert result.classes == DEFINITION.classes and "orientation: stored" not in result.text()
+    pipeline = Pipeline.from_yaml(variant)
+    expected = models["flat"].predict(np.concatenate([app(data) for data in FILES.values()]), verbose=0)
+    outputs = EagerRuntime(
+        network_of(load_checkpoint(out), replace(DEFINITION, pipeline=pipeline)), torch.device("cpu")
+    )([pipeline(data) for data in FILES.values()])
+    probabilities = np.stack([o["class_probabilities"].numpy() for o in outputs])
+    out.unlink()
+    # As above: 53 convolutions in another order.
+    assert np.abs(probabilities - expected).max() <= 5e-5
+
+
+def test_what_keras_loaders_leave_out_is_said(base, empty, tmp_path: Path):
+    path = model_file(base, empty, tmp_path, lambda x: x, nothing)
+    result = import_file(ImportRequest(ARCHIVE, path, tmp_path / "best.pth", classes=DEFINITION.classes))
+    (note,) = (line for line in result.text().splitlines() if "Keras' loaders" in line)
+    for part in (
+        "leave a picture as it is stored and drop its alpha",
+        "pipeline 'portrait' turns it upright (orientation: upright)",
+        "blends transparent pixels with [255, 255, 255] (background)",
+        "set orientation: stored and background: [] in decode_image",
+        "variants/app_py.yaml, ",
+        "variants/image_dataset_from_directory.yaml, ",
+        "variants/load_img.yaml have both",
+    ):
+        assert part in note
+    assert "rgb_order" not in note
+
+
 def test_a_model_becomes_a_checkpoint(files: Path, theirs, tmp_path: Path):
     out = tmp_path / "run" / "best.pth"
-    result = import_file(ImportRequest(ARCHIVE, files / "augmented.keras", out))
+    result = import_file(ImportRequest(ARCHIVE, files / "augmented.keras", out, classes=DEFINITION.classes))
     printed = result.text()
     assert "animal, avatar, human" in printed and "caffe_preprocess" in printed and "RandomFlip" in printed
     assert "note: what training computed is not in the file: evaluation cannot check itself against it" in printed
@@ -743,7 +797,7 @@ def test_a_model_becomes_a_checkpoint(files: Path, theirs, tmp_path: Path):
     (outputs,) = EagerRuntime(network_of(checkpoint, DEFINITION), torch.device("cpu"))([PIPELINE(FILES["photo.jpg"])])
     assert np.abs(outputs["class_probabilities"].numpy() - theirs[0]).max() <= 5e-5
     with pytest.raises(ImportFileError, match="exists"):
-        import_file(ImportRequest(ARCHIVE, files / "augmented.keras", out))
+        import_file(ImportRequest(ARCHIVE, files / "augmented.keras", out, classes=DEFINITION.classes))
     shutil.rmtree(out.parent)
 
 
@@ -783,7 +837,7 @@ def test_what_cannot_be_imported_is_an_error_and_leaves_nothing(
 ):
     path = model_file(base, empty, tmp_path, front, change)
     with pytest.raises(ValueError) as error:
-        import_file(ImportRequest(archive, path, tmp_path / "run" / "best.pth"))
+        import_file(ImportRequest(archive, path, tmp_path / "run" / "best.pth", classes=DEFINITION.classes))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -792,7 +846,9 @@ def test_layers_that_are_rightly_so_can_be_named(base, empty, tmp_path: Path):
     """One that the pipeline replaces, and a head without a bias."""
     path = model_file(base, empty, tmp_path, lambda x: layers.Lambda(lambda y: y, name="pre")(x), fresh_head)
     out = tmp_path / "best.pth"
-    request = ImportRequest(ARCHIVE, path, out, replaced=["pre"], accept_untrained=["predictions"])
+    request = ImportRequest(
+        ARCHIVE, path, out, classes=DEFINITION.classes, replaced=["pre"], accept_untrained=["predictions"]
+    )
     result = import_file(request)
     assert "note: left out, as you say that the pipeline does their work: pre" in result.text()
     assert "note: accepted although it looks untrained: layer 'predictions'" in result.text()
@@ -805,6 +861,8 @@ def test_the_command_imports_a_model(base, empty, tmp_path: Path):
     out = tmp_path / "best.pth"
     refused = run_skewless("import", ARCHIVE, path, "--out", out, check=False)
     assert refused.returncode == 2 and "Lambda 'pre'" in refused.stderr and not out.exists()
-    result = run_skewless("import", ARCHIVE, path, "--out", out, "--replaced", "pre")
+    result = run_skewless(
+        "import", ARCHIVE, path, "--out", out, "--replaced", "pre", "--classes", "animal,avatar,human"
+    )
     assert "animal, avatar, human" in result.stdout and "left out, as you say" in result.stdout
     out.unlink()

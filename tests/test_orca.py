@@ -681,7 +681,7 @@ def test_learners_are_imported(learner, tmp_path, content):
 
 def test_a_learner_becomes_a_checkpoint_of_the_archive(learner, tmp_path):
     path = saved(tmp_path / "stage-2.pth", {"model": learner.state_dict(), "opt": optimizer_state()})
-    request = ImportRequest(ARCHIVE, path, tmp_path / "best.pth", pipeline=ARCHIVE / "pipeline.yaml")
+    request = ImportRequest(ARCHIVE, path, tmp_path / "best.pth", ARCHIVE / "pipeline.yaml", DEFINITION.classes)
     assert import_file(request).format == "pytorch"
     imported = network_of(load_checkpoint(tmp_path / "best.pth"), DEFINITION)
     with torch.inference_mode():

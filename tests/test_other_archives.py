@@ -24,7 +24,8 @@ def imported(demonstration: Demonstration, tmp_path: Path) -> tuple[Path, Path]:
     old, new = tmp_path / "old.pth", tmp_path / "imported.pth"
     weights = {f"module.{name}": weight for name, weight in trained["model_state_dict"].items()}
     torch.save({"epoch": 3, "val_auc": np.float64(0.9), "config": {"n_mels": 160}, "model_state_dict": weights}, old)
-    run_skewless("import", COUGH, old, "--pipeline", f"{COUGH}/pipeline.yaml", "--out", new)
+    said = ("--pipeline", f"{COUGH}/pipeline.yaml", "--classes", "negative,positive")
+    run_skewless("import", COUGH, old, *said, "--out", new)
     evaluation = tmp_path / "evaluation"
     run_skewless("evaluate", COUGH, "--checkpoint", new, "--manifest", demonstration.manifest, "--out", evaluation)
     return new, evaluation

@@ -607,6 +607,12 @@ def test_where_parts_give_other_bits_the_whole_is_resized(parts: list, monkeypat
         fused._arithmetic.cache_clear()
 
 
+def test_with_antialiasing_the_whole_is_resized(parts: list):
+    resize = replace(PIPELINE.stages["resize"], antialias=True)
+    same_as_the_plain_stages(encoded(picture(700, 900), "PNG"), PIPELINE.replace(resize=resize))
+    assert parts == []
+
+
 def test_with_several_threads_the_whole_is_resized(parts: list):
     torch.set_num_threads(2)
     same_as_the_plain_stages(encoded(picture(700, 900), "PNG"))

@@ -46,7 +46,7 @@ def weights_without_bias(model: TinyModel, folder: Path) -> Path:
 def measured(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Measured:  # noqa: F811
     folder = tmp_path_factory.mktemp("measured")
     old, new = weights_without_bias(tiny_model, folder), folder / "new.pth"
-    request = ImportRequest(tiny_model.archive, old, new, tiny_model.archive / "pipeline.yaml")
+    request = ImportRequest(tiny_model.archive, old, new, tiny_model.archive / "pipeline.yaml", ("tone", "noise"))
     with pytest.raises(
         UntrainedError, match=r"layer 'output' has a bias of exactly 0 .*\n.*--accept-untrained output$"
     ):

@@ -116,7 +116,8 @@ def build(demo: Path, wanted: Sequence[Candidate], store: Path, scratch: Path, k
         if candidate.pipeline:
             own, measured = folder.parent / "best.pth", folder.parent / "evaluation"
             manifest: list[str | Path] = ["--manifest", demo / "corpus" / "manifest.csv"]
-            skewless("import", folder, weights, "--pipeline", folder / PIPELINE, "--out", own)
+            said: list[str | Path] = ["--pipeline", folder / PIPELINE, "--classes", "negative,positive"]
+            skewless("import", folder, weights, *said, "--out", own)
             skewless("evaluate", folder, "--checkpoint", own, *manifest, "--out", measured)
         _build(folder, own, measured, candidate.version, store, key)
 

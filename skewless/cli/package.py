@@ -57,6 +57,14 @@ def import_(
             show_default="ARCHIVE/pipeline.yaml",
         ),
     ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="The classes in the order of the file's outputs; to be given where the file does not say it. Of two with one output, "
+            "it speaks for the second.",
+        ),
+    ] = None,
     replaced: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,7 +75,11 @@ def import_(
     ] = None,
     accept_untrained: AcceptUntrained = None,
     manifest: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="Labelled files: compare the pipelines that there are on them.")
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="Labelled files: compare the pipelines that there are on them, and the orders of the classes.",
+        ),
     ] = None,
     root: Root = None,
     split: Annotated[Literal["val", "test"], typer.Option(help="The part of the manifest.")] = "val",
@@ -92,6 +104,7 @@ def import_(
             file=file,
             out=out,
             pipeline=pipeline,
+            classes=[] if classes is None else [name.strip() for name in classes.split(",")],
             replaced=replaced or (),
             accept_untrained=accept_untrained or (),
             manifest=manifest,

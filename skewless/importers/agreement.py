@@ -72,6 +72,35 @@ def check_stages(pipeline: Pipeline, stages: Sequence[Mapping[str, Any]]) -> Non
         )
 
 
+_AS_KERAS_LOADS: dict[str, Any] = {"orientation": "stored", "background": []}
+
+
+def _decoding(pipeline: Pipeline) -> dict[str, Any]:
+    """The parameters of the stage that decodes a picture; empty where none does."""
+    return next((stage.params() for stage in pipeline.stages.values() if stage.name == "decode_image"), {})
+
+
+def loader_notes(pipeline: Pipeline, others: Mapping[str, Pipeline]) -> list[str]:
+    """What the pipeline does to a picture and Keras' loaders do not; empty where it decodes as they do, or decodes none.
+
+    others: pipelines at hand, by the names of their files; those that decode as the loaders do are named.
+    """
+    decode = _decoding(pipeline)
+    differs = ["turns it upright (orientation: upright)"] * (decode.get("orientation") == "upright")
+    differs += [f"blends transparent pixels with {decode.get('background')} (background)"] * bool(
+        decode.get("background")
+    )
+    if not differs:
+        return []
+    alike = [name for name, other in others.items() if _decoding(other) | _AS_KERAS_LOADS == _decoding(other)]
+    have = f"; {', '.join(alike)} {'have' if len(alike) > 1 else 'has'} both" if alike else ""
+    return [
+        "Keras' loaders, such as load_img and image_dataset_from_directory, leave a picture as it is stored and drop its alpha; "
+        f"pipeline '{pipeline.name}' {' and '.join(differs)}. Turned and transparent pictures may get other labels than in training. "
+        f"If training read its files by such a loader, set orientation: stored and background: [] in decode_image{have}"
+    ]
+
+
 def check_servable(pipeline: Pipeline) -> None:
     """Raises ImportFileError for a pipeline that cannot be served: one with stages that exist to compare with, such as
     another decoder, or with stages that lack the statistics of a training set."""

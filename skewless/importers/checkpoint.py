@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,17 @@ from skewless.training.checkpoint import load_checkpoint
 
 
 def checkpoint_of(
-    file: ImportedFile, network: nn.Module, definition: Definition, accepted: Collection[str] = ()
+    file: ImportedFile,
+    network: nn.Module,
+    definition: Definition,
+    classes: Sequence[str],
+    accepted: Collection[str] = (),
 ) -> dict[str, Any]:
     """A checkpoint with the keys that training writes. What the file does not say is None or empty, and epoch 0.
 
     network: with the file's weights. Of an exported network the checkpoint holds no weights: they are in the archive's
         folder, in the file whose digest `imported_from` keeps.
+    classes: in the order of the file's outputs, as somebody said.
     accepted: layers that look untrained and are rightly so.
     validation_scores, stage_sources and stage_outputs are empty: the file does not hold what training itself computed, so
     evaluation has nothing to reproduce.
@@ -53,6 +58,7 @@ def checkpoint_of(
             "sha256": file.sha256,
             "epoch": file.epoch,
             "val_auc": file.val_auc,
+            "classes": list(classes),
         },
     }
 

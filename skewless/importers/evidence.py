@@ -21,6 +21,7 @@ from skewless.csv_file import csv_rows
 from skewless.evaluation.metrics import auc
 from skewless.evaluation.references import MIN_REFERENCE_SPREAD
 from skewless.evaluation.scores import predict, score_columns, service_of
+from skewless.importers.class_order import Orders, orders
 from skewless.importers.errors import ImportFileError
 from skewless.training.cache import UnreadableRecordings
 from skewless.training.manifest import BINARY, Recording
@@ -63,8 +64,9 @@ def _probability(text: str | None, where: str) -> float:
 class Trial:
     """What the weights answer behind one pipeline, held against the record.
 
-    auc_gap is |AUC - recorded AUC|; mean_dp and max_dp are over the recordings with a recorded probability. None where
-    nothing is recorded, and everywhere when the pipeline could not be run, for the reason in `failure`.
+    auc_gap is |AUC - recorded AUC|; mean_dp and max_dp are over the recordings with a recorded probability; orders is how well
+    each order of the classes fits the labels. None where nothing is recorded, and everywhere when the pipeline could not be
+    run, for the reason in `failure`.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Trial:
     mean_dp: float | None = None
     max_dp: float | None = None
     failure: str = ""
+    orders: Orders | None = None
 
 
 def compare(
@@ -122,6 +125,7 @@ def compare(
                 None if recorded_auc is None else abs(found - recorded_auc),
                 float(np.mean(dp)) if dp else None,
                 max(dp) if dp else None,
+                orders=orders(scores, labels, definition.classes) if definition.classes else None,
             )
         )
     return trials

@@ -155,7 +155,6 @@ def _read_h5(
             notes.append(f"left out, the state of random generators: {', '.join(generators)}")
         if any(name in root for name in ("optimizer", "optimizer_weights")):
             notes.append("left out: the optimizer's state")
-    notes.append("which class is which output is not said: the order is that of the archive's classes")
     if version:
         notes.append(f"written by Keras {version}")
     stages = graph.stages if graph else ()

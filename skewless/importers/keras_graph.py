@@ -277,13 +277,17 @@ class _Front:
 
     def _resized(self, layer: Layer, image: Image) -> Image:
         config = layer.config
-        extras = [k for k in ("crop_to_aspect_ratio", "pad_to_aspect_ratio", "antialias") if config.get(k)]
-        if extras or config["interpolation"] != "bilinear":
+        extras = [k for k in ("crop_to_aspect_ratio", "pad_to_aspect_ratio") if config.get(k)]
+        if extras:
             raise ImportFileError(
-                f"Resizing '{layer.name}' has interpolation {config['interpolation']!r} and {', '.join(extras) or 'no option'}; "
-                "the stage resize does bilinear without options"
+                f"Resizing '{layer.name}' has {', '.join(extras)}; the stage resize stretches a picture without regard to its "
+                "aspect ratio"
             )
-        self.stages.append({"resize": {"height": config["height"], "width": config["width"], "method": "bilinear"}})
+        stage = {"height": config["height"], "width": config["width"], "method": config["interpolation"]}
+        # These two are the same with and without it.
+        if config.get("antialias") and config["interpolation"] not in ("nearest", "area"):
+            stage["antialias"] = True
+        self.stages.append({"resize": stage})
         return image
 
 
@@ -361,6 +365,17 @@ def _notes(everything: list[Layer], replaced: Collection[str]) -> tuple[str, ...
         notes.append(f"left out, as they act in training only: {', '.join(left)}")
     if replaced:
         notes.append(f"left out, as you say that the pipeline does their work: {', '.join(replaced)}")
+    bicubic = [
+        layer.name
+        for layer in everything
+        if (layer.kind, layer.config.get("interpolation")) == ("Resizing", "bicubic")
+        and not layer.config.get("antialias")
+    ]
+    if bicubic:
+        notes.append(
+            f"Resizing {', '.join(bicubic)}: bicubic is TensorFlow's here; Keras on PyTorch computes another, and the file does "
+            "not say which of them trained it"
+        )
     if policies := {_policy(layer.config.get("dtype", "float32")) for layer in everything} - {"float32"}:
         notes.append(f"Keras computed it in {', '.join(sorted(policies))}; here it is float32, some 1e-3 from that")
     return tuple(notes)

@@ -14,8 +14,9 @@ import torch
 
 from skewless.core.definition import PIPELINE, Definition
 from skewless.core.pipeline import Pipeline
-from skewless.importers.agreement import check_config, check_servable, check_stages
+from skewless.importers.agreement import check_config, check_servable, check_stages, loader_notes
 from skewless.importers.checkpoint import checkpoint_of, write
+from skewless.importers.class_order import Orders, said_classes
 from skewless.importers.errors import ImportFileError
 from skewless.importers.evidence import Comparison, compare, judge, read_predictions
 from skewless.importers.formats import format_of, read
@@ -33,6 +34,7 @@ class ImportRequest:
     archive: the definition's folder. file: what another framework saved. out: the checkpoint to write.
     pipeline: the file that says what the weights were trained behind; None is the archive's own. A PyTorch file says
         nothing about it, so that it has to be given.
+    classes: the archive's classes, in the order of the file's outputs; to be given where the file does not say it.
     replaced: of a Keras model, the layers before the network that the pipeline does the work of.
     accept_untrained: layers that look untrained and are rightly so.
     manifest, root, split, predictions, variants: recordings to compare pipelines on; the folder their paths are relative
@@ -44,6 +46,7 @@ class ImportRequest:
     file: Path
     out: Path
     pipeline: Path | None = None
+    classes: Sequence[str] = ()
     replaced: Sequence[str] = ()
     accept_untrained: Sequence[str] = ()
     manifest: Path | None = None
@@ -89,20 +92,31 @@ class ImportResult:
         if self.comparison is not None:
             lines += ["", self.comparison.text()]
             lines += ["", self.comparison.verdict.text, ""] if not self.comparison.verdict.doubtful else [""]
+            lines += [] if self.orders is None else [self.orders.text(), ""]
         recorded = [] if self.epoch is None else [f"epoch {self.epoch}"]
         recorded += [] if self.val_auc is None else [f"validation AUC {self.val_auc:.4f}"]
         recorded = recorded or ["no epoch and no validation AUC"]
         lines.append(f"{self.checkpoint}: {', '.join(recorded)} recorded; pipeline '{self.pipeline_name}'")
         if self.format == "keras":
             lines.append(f"the pipeline does what the model did itself: {', '.join(self.stages) or 'nothing'}")
-        lines.append(f"the classes are taken to be {', '.join(self.classes)}, in this order")
+        if self.classes:
+            lines.append(f"its outputs are {', '.join(self.classes)}, in this order")
         return "\n".join(lines)
 
+    @property
+    def orders(self) -> Orders | None:
+        """How well each order of the classes fits the labelled files behind the chosen pipeline; None without a manifest."""
+        return None if self.comparison is None else self.comparison.trials[0].orders
+
     def warning(self) -> str:
-        """What to print on standard error; empty unless another pipeline fits what the file records better."""
-        if self.comparison is None or not self.comparison.verdict.doubtful:
-            return ""
-        return f"{'!' * 80}\nWARNING: {self.comparison.verdict.text}\n{'!' * 80}"
+        """What to print on standard error; empty unless another pipeline fits what the file records better, or another order of
+        the classes the labelled files."""
+        texts = []
+        if self.comparison is not None and self.comparison.verdict.doubtful:
+            texts.append(self.comparison.verdict.text)
+        if self.orders is not None and self.orders.doubtful:
+            texts.append(self.orders.verdict)
+        return "\n".join(f"{'!' * 80}\nWARNING: {text}\n{'!' * 80}" for text in texts)
 
     def to_dict(self) -> dict[str, Any]:
         """In plain JSON types."""
@@ -131,7 +145,10 @@ def import_file(request: ImportRequest) -> ImportResult:
     check_stages(definition.pipeline, file.stages)
     network = definition.build_network() if definition.network_files else network_from(file.weights, definition)
     notes = [*file.notes, *require_trained(network, request.accept_untrained), _NO_PROOF]
-    checkpoint = checkpoint_of(file, network, definition, request.accept_untrained)
+    if format == "keras" and "decode_image" in definition.pipeline.stages:
+        notes += loader_notes(definition.pipeline, _candidates(request, path, definition))
+    classes = said_classes(request.classes, file.config, definition)
+    checkpoint = checkpoint_of(file, network, definition, classes, request.accept_untrained)
     comparison = None
     if request.manifest is not None:
         comparison = _compare(request, request.manifest, path, definition, checkpoint, file.val_auc)
@@ -148,7 +165,7 @@ def import_file(request: ImportRequest) -> ImportResult:
         pipeline=path,
         pipeline_name=definition.pipeline.name,
         pipeline_fingerprint=definition.pipeline.fingerprint,
-        classes=definition.classes,
+        classes=classes,
         epoch=file.epoch,
         val_auc=file.val_auc,
         agreed=tuple(agreed),

@@ -380,12 +380,18 @@ class _Picture(Fused):
 
         decode, resize = cast("tuple[DecodeImage, Resize]", self.stages)
         picture = decode.read(signal.data)
-        if resize.method != "bilinear":
-            return picture.signal(signal, resize.by_pillow(picture.upright()))
+        if resize.by_pillow:
+            return picture.signal(signal, resize.image(picture.upright()))
         width, height = picture.size
         target = resize.height, resize.width
+        bilinear = resize.method == "bilinear" and not resize.antialias
         # With several threads torch resizes by another kernel, which rounds otherwise.
-        if width * height >= _FEW_PIXELS and torch.get_num_threads() == 1 and (way := _arithmetic(*target)):
+        if (
+            bilinear
+            and width * height >= _FEW_PIXELS
+            and torch.get_num_threads() == 1
+            and (way := _arithmetic(*target))
+        ):
             return picture.signal(signal, _resized(picture.rows, (height, width), target, way))
         return resize(picture.signal(signal, levels_of(picture.upright())))
 

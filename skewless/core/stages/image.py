@@ -20,6 +20,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from skewless.core.stages import tensorflow_resize
 from skewless.core.stages.stage import InputError, Payload, PipelineError, Signal, Stage, Tolerance
 
 FORMATS = "JPEG, PNG or WebP"
@@ -302,14 +303,31 @@ def levels_of(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().unsqueeze(0).float()
 
 
+_PILLOW = {
+    "pil_nearest": Image.Resampling.NEAREST,
+    "pil_box": Image.Resampling.BOX,
+    "pil_bilinear": Image.Resampling.BILINEAR,
+    "pil_hamming": Image.Resampling.HAMMING,
+    "pil_bicubic": Image.Resampling.BICUBIC,
+    "pil_lanczos": Image.Resampling.LANCZOS,
+}
+
+
 @dataclass(frozen=True)
 class Resize(Stage, name="resize"):
     """Stretch `(1, C, H, W)` to `height` x `width` pixels; the aspect ratio is not kept.
 
-    bilinear: what `keras.layers.Resizing`, `keras.ops.image.resize` and `image_dataset_from_directory` do: half-pixel
-        centres, edges clamped, no antialiasing, float32.
-    pil_bilinear, pil_nearest: what `keras.utils.load_img(target_size=...)` does by Pillow, on 8-bit levels: bilinear over
-        a support that grows with the reduction, rounded; and the nearest pixel, its default.
+    method: whose interpolation, and which.
+        bilinear, nearest, bicubic, lanczos3, lanczos5, area, gaussian, mitchellcubic: what `tf.image.resize` does, and with
+        it, on TensorFlow, `keras.layers.Resizing`, `keras.ops.image.resize` and `image_dataset_from_directory`, whose
+        default is bilinear. Half-pixel centres, float32, not rounded. Keras on PyTorch or JAX has other numbers for some:
+        bicubic on PyTorch, for one, is another cubic (a is -0.75, here -0.5).
+        pil_nearest, pil_box, pil_bilinear, pil_hamming, pil_bicubic, pil_lanczos: what Pillow's `Image.resize` does on 8-bit
+        levels, rounded to such. `Image.resize` without a method is pil_bicubic; `keras.utils.load_img(target_size=...)`,
+        which has Pillow resize, is pil_nearest unless it is told otherwise.
+    antialias: where the picture gets smaller, whether a method of Keras looks at all pixels that a new one covers, or only at
+        the few nearest to its centre; False is Keras' default. Pillow always looks at all, pil_nearest never; area looks
+        at all, nearest never. For these it stays False.
 
     Raises PipelineError where a `pil_` method gets something else than whole levels from 0 to 255.
     """
@@ -319,30 +337,51 @@ class Resize(Stage, name="resize"):
 
     height: int
     width: int
-    method: Literal["bilinear", "pil_bilinear", "pil_nearest"]
+    method: Literal[
+        "bilinear", "nearest", "bicubic", "lanczos3", "lanczos5", "area", "gaussian", "mitchellcubic",
+        "pil_nearest", "pil_box", "pil_bilinear", "pil_hamming", "pil_bicubic", "pil_lanczos",
+    ]  # fmt: skip
+    antialias: bool = False
 
     def __post_init__(self):
         self.require(
             self.height > 0 and self.width > 0, f"{self.height} x {self.width} pixels, expected at least 1 x 1"
         )
+        takes_it = self.method not in _PILLOW and self.method not in ("nearest", "area")
+        self.require(
+            takes_it or not self.antialias,
+            f"antialias is true, expected false: {self.method} has no choice there, it "
+            + ("takes one pixel" if "nearest" in self.method else "always looks at all pixels that a new one covers"),
+        )
+
+    @property
+    def by_pillow(self) -> bool:
+        return self.method in _PILLOW
 
     @property
     def packages(self) -> tuple[str, ...]:  # type: ignore[override]  # read of stages, not classes; follows the method
-        return ("torch",) if self.method == "bilinear" else ("pillow", "numpy")
+        return ("pillow", "numpy") if self.by_pillow else ("torch", "numpy")
 
     def __call__(self, signal: Signal) -> Signal:
-        if self.method == "bilinear":
-            size = (self.height, self.width)
-            return signal.of(F.interpolate(signal.data, size, mode="bilinear", align_corners=False))
+        if not self.by_pillow:
+            return signal.of(self._as_keras(signal.data))
         levels = signal.data.to(torch.uint8)
         if not torch.equal(levels.float(), signal.data):
             raise PipelineError(f"stage 'resize': {self.method} takes 8-bit levels; put it right behind decode_image")
-        return signal.of(self.by_pillow(Image.fromarray(levels[0].permute(1, 2, 0).numpy())))
+        return signal.of(self.image(Image.fromarray(levels[0].permute(1, 2, 0).numpy())))
 
-    def by_pillow(self, image: Image.Image) -> torch.Tensor:
+    def image(self, image: Image.Image) -> torch.Tensor:
         """What a `pil_` method makes of an RGB image: `(1, 3, height, width)` float32."""
-        resample = {"pil_bilinear": Image.Resampling.BILINEAR, "pil_nearest": Image.Resampling.NEAREST}[self.method]
-        return levels_of(image.resize((self.width, self.height), resample))
+        return levels_of(image.resize((self.width, self.height), _PILLOW[self.method]))
+
+    def _as_keras(self, picture: torch.Tensor) -> torch.Tensor:
+        size = (self.height, self.width)
+        if self.method == "nearest":
+            return F.interpolate(picture, size, mode="nearest-exact")
+        # PyTorch's bicubic is another one, but where it antialiases.
+        if self.method == "bilinear" or (self.method == "bicubic" and self.antialias):
+            return F.interpolate(picture, size, mode=self.method, align_corners=False, antialias=self.antialias)
+        return tensorflow_resize.resize(picture, *size, self.method, self.antialias)
 
 
 @dataclass(frozen=True)
