@@ -335,6 +335,8 @@ class Resize(Stage, name="resize"):
     unit: ClassVar[str] = "level"
     tolerance: ClassVar[Tolerance] = _DECODERS
 
+    later: ClassVar[tuple[str, ...]] = ("antialias",)
+
     height: int
     width: int
     method: Literal[

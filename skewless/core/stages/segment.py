@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,8 @@ class Segment(Stage, name="segment"):
     unit: ClassVar[str] = "full scale"
     tolerance: ClassVar[Tolerance] = Tolerance(3e-5, 3e-4, "cut out of what the filter before it gives")
 
+    later: ClassVar[tuple[str, ...]] = ("short",)
+
     duration_s: float
     hop_s: float
     max_segments: int
@@ -71,11 +73,6 @@ class Segment(Stage, name="segment"):
         if cut.count == 0:
             return cut.signal(signal, cut.waveform.new_empty(0, cut.window))
         return cut.signal(signal, cut.waveform.unfold(0, cut.window, cut.hop).contiguous())
-
-    def params(self) -> dict[str, Any]:
-        """Every parameter but a `short` of "pad": pipelines that were written before there was one keep their fingerprint."""
-        spelt_out = super().params()
-        return {name: value for name, value in spelt_out.items() if (name, value) != ("short", "pad")}
 
     def cut(self, signal: Signal) -> Cut:
         """Where the segments of a waveform `(1, N)` lie; raises PipelineError for more than one channel."""

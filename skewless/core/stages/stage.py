@@ -175,6 +175,8 @@ class Stage:
     reads: of a stage that starts from encoded bytes, what they are: "audio" or "image".
     cheap: whether running the stage takes less time than reading its output from a disk. Training keeps what comes before
         the cheap stages at the end of a pipeline, and runs these every time.
+    later: parameters that the stage did not have at first. At their defaults they are left out of a normalised definition:
+        pipelines that were written before them keep their fingerprints, and archives built before them their proofs.
     comparison_only: True for a stage that imitates another system's fault, to measure it. It is never built into an archive.
     """
 
@@ -184,6 +186,7 @@ class Stage:
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     reads: ClassVar[str] = ""
     cheap: ClassVar[bool] = False
+    later: ClassVar[tuple[str, ...]] = ()
     comparison_only: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str, **kwargs: Any):
@@ -223,9 +226,11 @@ class Stage:
             raise PipelineError(str(error)) from error
 
     def params(self) -> dict[str, Any]:
-        """Every parameter, spelt out, in plain YAML types."""
+        """Every parameter, spelt out, in plain YAML types, but for those of `later` that have their default."""
         return {
-            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in dataclasses.fields(self)
+            f.name: list(v) if isinstance(v, tuple) else v
+            for f in dataclasses.fields(self)
+            if (v := getattr(self, f.name)) != f.default or f.name not in self.later
         }
 
     def require(self, condition: bool, message: str) -> None:
