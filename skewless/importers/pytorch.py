@@ -172,7 +172,7 @@ def _weights(path: str | Path, content: Mapping[str, Any]) -> dict[str, torch.Te
 
 def without_prefixes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights by their names without what `nn.DataParallel` and `torch.compile` put before every one of them."""
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in weights)), ""):
+    while prefix := next((p for p in _PREFIXES if weights and all(k.startswith(p) for k in weights)), ""):
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     return dict(weights)
 
