@@ -1,12 +1,10 @@
-"""The orca detector: its stages against the float64 oracle and fastai_audio's own calls, its post-processing by hand, its network
-against fastai's layers, its weights' import and its corpus."""
+"""The orca detector: its stages against the float64 oracle and fastai_audio's own calls, its post-processing by hand, and its
+corpus."""
 
 from __future__ import annotations
 
 import io
-import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,12 +18,8 @@ import soundfile
 import torch
 import torchaudio.transforms as AT
 from numpy.typing import NDArray
-from torch import nn
-from torchvision.models import resnet18
 
 from skewless.core.definition import Definition
-from skewless.core.networks import build_network
-from skewless.core.networks.resnet18_fastai import ResNet18Fastai
 from skewless.core.pipeline import Pipeline
 from skewless.core.postprocess import build_postprocessor
 from skewless.core.postprocess.postprocessor import Part
@@ -33,12 +27,6 @@ from skewless.core.postprocess.vote import SecondsVote
 from skewless.core.runtimes.eager import EagerRuntime
 from skewless.core.stages import STAGES, InputError, PipelineError, Signal
 from skewless.demos import orca as corpus
-from skewless.importers.errors import ImportFileError
-from skewless.importers.fastai import is_fastai, rename
-from skewless.importers.pytorch import read_pytorch
-from skewless.importers.run import ImportRequest, import_file
-from skewless.importers.weights import network_from
-from skewless.training.checkpoint import CheckpointError, load_checkpoint, network_of
 from tests import recordings
 from tests.oracles import orca as oracle
 from tests.recordings import one_thread  # noqa: F401
@@ -570,172 +558,14 @@ def test_wrong_parameters_are_refused(changes, message):
 # Network
 
 
-class ConcatPool(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ap, self.mp = nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.mp(x), self.ap(x)], 1)
-
-
-@pytest.fixture(scope="module")
-def learner() -> nn.Sequential:
-    """What fastai 1's `cnn_learner` builds, by its `create_body` and `create_head`, with one channel; as if trained."""
-    torch.manual_seed(0)
-    body = nn.Sequential(*list(resnet18(weights=None).children())[:-2])
-    body[0] = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
-    hidden = [nn.BatchNorm1d(1024), nn.Dropout(0.25), nn.Linear(1024, 512), nn.ReLU(inplace=True)]
-    last = [nn.BatchNorm1d(512), nn.Dropout(0.5), nn.Linear(512, 2)]
-    model = nn.Sequential(body, nn.Sequential(ConcatPool(), nn.Flatten(), *hidden, *last))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def network(learner) -> ResNet18Fastai:
-    return network_from(rename(learner.state_dict()), DEFINITION)
-
-
-IMAGES = 20 * torch.randn(5, 1, 64, 78, generator=torch.Generator().manual_seed(3)) - 30
-
-
-def test_network_is_fastais(learner, network):
-    """The same layers in the same order on the same weights: equal to a last bit of values near 1."""
-    with torch.inference_mode():
-        want, features = learner(IMAGES), network.encode(IMAGES)
-        got = network.head(features)
-    assert features.shape == (5, 1024)
-    assert float(want.std()) > 1e-2
-    torch.testing.assert_close(got["class_logits"], want, atol=1e-6, rtol=0)
-    torch.testing.assert_close(got["class_probabilities"], want.softmax(dim=1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(network(IMAGES), want, atol=1e-6, rtol=0)
-
-
-def test_maximum_comes_before_average(learner, network):
-    with torch.inference_mode():
-        images, features = learner[0](IMAGES), network.encode(IMAGES)
-    torch.testing.assert_close(features[:, :512], images.amax(dim=(2, 3)), atol=0, rtol=0)
-    torch.testing.assert_close(features[:, 512:], images.mean(dim=(2, 3)), atol=1e-6, rtol=0)
-
-
-def test_state_dict_reads_like_the_network(network):
-    keys = set(network.state_dict())
-    classifier = {f"classifier.{n}.{kind}" for n in (0, 2, 4, 6) for kind in ("weight", "bias")}
-    classifier |= {
-        f"classifier.{n}.{kind}" for n in (0, 4) for kind in ("running_mean", "running_var", "num_batches_tracked")
-    }
-    assert {key for key in keys if not key.startswith("backbone.")} == classifier
-    assert {key for key in keys if key.startswith("backbone.")} == {
-        f"backbone.{key}" for key in resnet18(weights=None).state_dict() if not key.startswith("fc.")
-    }
-    assert network.state_dict()["backbone.conv1.weight"].shape == (64, 1, 7, 7)
-
-
-def test_parameters_reach_the_layers():
-    built = build_network({"resnet18_fastai": {"channels": 3, "classes": 5, "dropout": 0.2}})
-    assert built.backbone.conv1.in_channels == 3
-    assert [module.p for module in built.classifier if isinstance(module, nn.Dropout)] == [0.1, 0.2]
-    assert built.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
-
-
-def test_runtime_and_post_processing_take_the_network(network):
+def test_runtime_and_post_processing_take_the_network():
     """Recordings of three and of two windows in one batch, down to the response."""
-    answers = EagerRuntime(network, torch.device("cpu"))([IMAGES[:3], IMAGES[3:]])
+    images = 20 * torch.randn(5, 1, 64, 78, generator=torch.Generator().manual_seed(3)) - 30
+    network = DEFINITION.build_network().eval()
+    answers = EagerRuntime(network, torch.device("cpu"))([images[:3], images[3:]])
     assert [len(answer["class_probabilities"]) for answer in answers] == [3, 2]
     for answer, windows in zip(answers, (3, 2), strict=True):
         assert len(POSTPROCESSOR(answer, metadata(windows), 0.5)["seconds"]) == windows + 1
-
-
-# Import
-
-
-def saved(path: Path, content: Any) -> Path:
-    torch.save(content, path)
-    return path
-
-
-def optimizer_state() -> dict[str, Any]:
-    parameter = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.Adam([parameter], betas=(0.9, 0.99))
-    parameter.grad = torch.ones(2)
-    optimizer.step()
-    return optimizer.state_dict()
-
-
-@pytest.mark.parametrize("content", ["learn.save", "state dict"])
-def test_learners_are_imported(learner, tmp_path, content):
-    weights = learner.state_dict()
-    saves = {"learn.save": {"model": weights, "opt": optimizer_state()}, "state dict": weights}
-    old = read_pytorch(saved(tmp_path / "stage-2.pth", saves[content]))
-    assert is_fastai(old.weights)
-    imported = network_from(rename(old.weights), DEFINITION)
-    with torch.inference_mode():
-        assert torch.equal(imported(IMAGES), learner(IMAGES))
-
-
-def test_a_learner_becomes_a_checkpoint_of_the_archive(learner, tmp_path):
-    path = saved(tmp_path / "stage-2.pth", {"model": learner.state_dict(), "opt": optimizer_state()})
-    request = ImportRequest(ARCHIVE, path, tmp_path / "best.pth", ARCHIVE / "pipeline.yaml", DEFINITION.classes)
-    assert import_file(request).format == "pytorch"
-    imported = network_of(load_checkpoint(tmp_path / "best.pth"), DEFINITION)
-    with torch.inference_mode():
-        assert torch.equal(imported(IMAGES), learner(IMAGES))
-
-
-def without(weights: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in weights.items() if key != name}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        # fastai 2 leaves out this bias.
-        (lambda w: without(w, "1.4.bias"), r"1 missing \(classifier\.2\.bias\)"),
-        (lambda w: without(w, "0.7.1.bn2.running_var"), r"1 missing \(backbone\.layer4\.1\.bn2\.running_var\)"),
-        (lambda w: {**w, "1.9.weight": torch.ones(2)}, r"1 unexpected \(1\.9\.weight\)"),
-        (lambda w: {**w, "0.4.0.conv3.weight": torch.ones(2)}, r"1 unexpected \(backbone\.layer1\.0\.conv3\.weight\)"),
-        (lambda w: {**w, "1.8.bias": torch.ones(3)}, r"1 of another shape \(classifier\.6\.bias\)"),
-        (lambda w: {**w, "0.0.weight": torch.ones(64, 3, 7, 7)}, r"1 of another shape \(backbone\.conv1\.weight\)"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(learner, change, message):
-    weights = change(learner.state_dict())
-    assert is_fastai(weights)
-    with pytest.raises(CheckpointError, match=message):
-        network_from(rename(weights), DEFINITION)
-
-
-def test_other_weights_are_not_taken_for_fastais(network, learner):
-    assert not is_fastai(network.state_dict())
-    assert not is_fastai({})
-    assert not is_fastai({**learner.state_dict(), "epoch": torch.tensor(1)})
-
-
-class Evil:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
-def test_an_exported_learner_is_refused_and_nothing_of_it_runs(learner, tmp_path):
-    """`learn.export()` pickles the model itself, and whatever it holds."""
-    path = saved(tmp_path / "export.pkl", {"model": learner, "data": Evil(tmp_path / "ran")})
-    with pytest.raises(ImportFileError, match=r"export\.pkl is refused.*Nothing of it ran.*model\.state_dict\(\)"):
-        read_pytorch(path)
-    path = saved(tmp_path / "evil.pth", {"model": learner.state_dict(), "opt": Evil(tmp_path / "ran")})
-    with pytest.raises(ImportFileError, match=r"evil\.pth is refused.*mkdir"):
-        read_pytorch(path)
-    assert not (tmp_path / "ran").exists()
 
 
 # Corpus

@@ -133,7 +133,7 @@ class Sorting(Pooling):
 
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "attention": ({"attn_mil_resnet": {}}, (3, 96, 96)),
-    "fastai": ({"resnet18_fastai": {}}, (1, 96, 80)),
+    "fastai": ({"resnet_fastai": {"depth": 18}}, (1, 96, 80)),
     "keras": ({"keras_resnet50": {}}, (3, 64, 64)),
     "mlp": ({"mlp": {}}, (37,)),
     "torchvision": ({"torchvision": {"model": "shufflenet_v2_x0_5", "classes": 3}}, (3, 64, 64)),

@@ -93,8 +93,8 @@ def import_(
 ) -> Result:
     """Turn another framework's file into a checkpoint, without running its code.
 
-    Takes PyTorch checkpoints and state dicts, what fastai's learn.save writes, Keras' .keras and .h5, and networks saved by
-    torch.export. With --manifest, what the file records is held against every pipeline.
+    Takes PyTorch checkpoints and state dicts, what fastai's learn.save writes, .safetensors, Keras' .keras and .h5, and
+    networks saved by torch.export. With --manifest, what the file records is held against every pipeline.
     """
     from skewless.importers.run import ImportRequest, import_file
 

@@ -8,31 +8,39 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from skewless.core.definition import Definition
 from skewless.core.networks import NETWORKS
 from skewless.importers.errors import ImportFileError
-from skewless.importers.fastai import is_fastai, rename
 from skewless.importers.imported_file import ImportedFile
+from skewless.importers.safetensors_file import is_safetensors, read_safetensors
 
 FORMATS = {
     "pytorch": "what torch.save wrote: a checkpoint or a state dict",
+    "safetensors": "weights as safetensors: .safetensors",
     "keras": "what Keras saved: .keras, .h5 or .weights.h5",
     "exported": "what torch.export.save wrote: .pt2",
 }
+# Formats of PyTorch's weights, which say nothing about what comes before the network.
+WEIGHTS_ALONE = ("pytorch", "safetensors")
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def format_of(path: Path) -> str:
     """One of FORMATS; the file's name plays no part.
 
-    What is neither HDF5 nor a zip is taken for PyTorch's, whose old files have no mark of their own.
+    What is neither HDF5, safetensors nor a zip is taken for PyTorch's, whose old files have no mark of their own.
     Raises ImportFileError for a file that is not there, and for a zip that none of these programs wrote.
     """
     if not path.is_file():
         raise ImportFileError(f"there is no file {path}")
     with path.open("rb") as file:
-        start = file.read(8)
-    if start == b"\x89HDF\r\n\x1a\n":
+        start = file.read(9)
+    if start.startswith(b"\x89HDF\r\n\x1a\n"):
         return "keras"
+    if is_safetensors(start):
+        return "safetensors"
     if not start.startswith(b"PK\x03\x04"):
         return "pytorch"
     try:
@@ -81,7 +89,19 @@ def read(path: Path, format: str, definition: Definition, replaced: Collection[s
         return read_keras(path, built, replaced)
     from skewless.importers.pytorch import read_pytorch
 
-    file = read_pytorch(path)
-    if network == "resnet18_fastai" and is_fastai(file.weights):
-        return replace(file, weights=rename(file.weights))
-    return file
+    file = read_safetensors(path) if format == "safetensors" else read_pytorch(path)
+    if network == "resnet_fastai":
+        from skewless.importers.fastai import weights_for
+
+        file = replace(file, weights=weights_for(definition, file.weights))
+    return replace(file, notes=(*file.notes, *_halved(file)))
+
+
+def _halved(file: ImportedFile) -> list[str]:
+    """A note where the weights are in a half-precision type."""
+    halves = {str(v.dtype).removeprefix("torch.") for v in file.weights.values() if v.dtype in _HALVES}
+    return [
+        f"its weights are {half}: each is the same number in float32, which the network computes in; a service that computed "
+        f"in {half} itself gave slightly other probabilities"
+        for half in sorted(halves)
+    ]

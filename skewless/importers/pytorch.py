@@ -167,7 +167,12 @@ def _weights(path: str | Path, content: Mapping[str, Any]) -> dict[str, torch.Te
         )
         listed = f"{', '.join(other[:8])}{', ...' if len(other) > 8 else ''}"
         raise ImportFileError(f"{path} has keys without a tensor ({listed}); {expected}")
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in weights)), ""):
+    return without_prefixes(weights)
+
+
+def without_prefixes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by their names without what `nn.DataParallel` and `torch.compile` put before every one of them."""
+    while prefix := next((p for p in _PREFIXES if weights and all(k.startswith(p) for k in weights)), ""):
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
     return dict(weights)
 

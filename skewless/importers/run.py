@@ -19,7 +19,7 @@ from skewless.importers.checkpoint import checkpoint_of, write
 from skewless.importers.class_order import Orders, said_classes
 from skewless.importers.errors import ImportFileError
 from skewless.importers.evidence import Comparison, compare, judge, read_predictions
-from skewless.importers.formats import format_of, read
+from skewless.importers.formats import WEIGHTS_ALONE, format_of, read
 from skewless.importers.weights import network_from
 from skewless.training.manifest import read_manifest, select
 from skewless.training.untrained import require_trained
@@ -32,7 +32,7 @@ class ImportRequest:
     """What to import, for which definition, and where to.
 
     archive: the definition's folder. file: what another framework saved. out: the checkpoint to write.
-    pipeline: the file that says what the weights were trained behind; None is the archive's own. A PyTorch file says
+    pipeline: the file that says what the weights were trained behind; None is the archive's own. PyTorch's weights say
         nothing about it, so that it has to be given.
     classes: the archive's classes, in the order of the file's outputs; to be given where the file does not say it.
     replaced: of a Keras model, the layers before the network that the pipeline does the work of.
@@ -86,7 +86,7 @@ class ImportResult:
         lines = []
         if self.agreed:
             lines.append(f"its configuration agrees with {self.pipeline} on {', '.join(self.agreed)}")
-        elif self.format == "pytorch":
+        elif self.format in WEIGHTS_ALONE:
             lines.append(f"it records no configuration that could be compared with {self.pipeline}")
         lines += [f"note: {note}" for note in self.notes]
         if self.comparison is not None:
@@ -189,7 +189,7 @@ def _pipeline_of(request: ImportRequest, format: str) -> Path:
     """The chosen pipeline's file; raises ImportFileError, listing those there are, where it has to be given and is not."""
     if request.pipeline is not None:
         return request.pipeline
-    if format != "pytorch":
+    if format not in WEIGHTS_ALONE:
         return request.archive / PIPELINE
     raise ImportFileError(
         "--pipeline is required: the checkpoint does not say which preprocessing its weights were trained behind, "

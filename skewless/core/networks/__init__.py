@@ -24,7 +24,7 @@ NETWORKS: Catalogue[Network] = Catalogue(
         "exported": "skewless.core.networks.exported:ExportedNetwork",
         "keras_resnet50": "skewless.core.networks.keras_resnet50:KerasResNet50",
         "mlp": "skewless.core.networks.mlp:MLP",
-        "resnet18_fastai": "skewless.core.networks.resnet18_fastai:ResNet18Fastai",
+        "resnet_fastai": "skewless.core.networks.resnet_fastai:ResNetFastai",
         "torchvision": "skewless.core.networks.torchvision_classifier:TorchvisionClassifier",
     },
 )
