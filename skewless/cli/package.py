@@ -65,6 +65,13 @@ def import_(
             "pipeline does the same. May be given several times.",
         ),
     ] = None,
+    scaler: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="scikit-learn's fitted StandardScaler, as pickle or joblib saved it, for a pipeline with standard_scaler.",
+        ),
+    ] = None,
     accept_untrained: AcceptUntrained = None,
     manifest: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Labelled files: compare the pipelines that there are on them.")
@@ -82,7 +89,7 @@ def import_(
     """Turn another framework's file into a checkpoint, without running its code.
 
     Takes PyTorch checkpoints and state dicts, what fastai's learn.save writes, Keras' .keras and .h5, and networks saved by
-    torch.export. With --manifest, what the file records is held against every pipeline.
+    torch.export; beside them, a scaler of scikit-learn's. With --manifest, what the file records is held against every pipeline.
     """
     from skewless.importers.run import ImportRequest, import_file
 
@@ -93,6 +100,7 @@ def import_(
             out=out,
             pipeline=pipeline,
             replaced=replaced or (),
+            scaler=scaler,
             accept_untrained=accept_untrained or (),
             manifest=manifest,
             root=root,

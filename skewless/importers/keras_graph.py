@@ -110,10 +110,16 @@ def _called_with(entry: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Any, 
     inputs: list[str] = []
     if isinstance(nodes[0], Mapping):
         constants = tuple(_without_inputs(value, inputs) for value in nodes[0]["args"])
+        keywords = nodes[0].get("kwargs", {})
     else:
         # Keras 2: [[name, node, tensor, keywords], ...], or for an operation's one input [name, node, tensor, keywords].
         tensors = [nodes[0]] if isinstance(nodes[0][0], str) else nodes[0]
-        inputs, constants = [tensor[0] for tensor in tensors], (None, tensors[0][3])
+        inputs, constants, keywords = [tensor[0] for tensor in tensors], (None, tensors[0][3]), tensors[0][3]
+    if keywords.get("training"):
+        raise ImportFileError(
+            f"layer '{name}' is called with training=True: outside training, too, it computes as in training; build the model "
+            "without that and save it again"
+        )
     if not inputs:
         raise ImportFileError(f"layer '{name}' gets its input by keyword, expected by position")
     return tuple(inputs), constants
@@ -151,7 +157,7 @@ def _read(model: Mapping[str, Any], network: nn.Module, replaced: Collection[str
         raise ImportFileError(
             "the model computes something else than the network:\n" + "\n".join(f"  {w}" for w in wrong)
         )
-    return Graph((dense[0], dense[1]), (*front.stages, *_as_stages(image)), _notes(everything, replaced))
+    return Graph((dense[0], dense[1]), (*front.stages, *_as_stages(image)), notes_on(everything, replaced))
 
 
 def _walk(model: Mapping[str, Any]) -> Iterator[Layer]:
@@ -355,7 +361,8 @@ def _digits(value: float) -> float:
     return float(f"{value:.6g}") + 0.0
 
 
-def _notes(everything: list[Layer], replaced: Collection[str]) -> tuple[str, ...]:
+def notes_on(everything: Collection[Layer], replaced: Collection[str] = ()) -> tuple[str, ...]:
+    """What of a model's layers was left out, and what Keras computed them in where that was not float32."""
     notes = []
     if left := [f"{layer.kind} '{layer.name}'" for layer in everything if layer.kind in ONLY_IN_TRAINING]:
         notes.append(f"left out, as they act in training only: {', '.join(left)}")

@@ -157,7 +157,7 @@ def _constant(found: Mapping[str, NDArray[np.float64]], seen: NDArray[np.float64
     root = np.sqrt(variance)
     error = seen * _EPSILON * variance + (seen * mean * _EPSILON) ** 2
     constant = (scale == 1) & ((variance <= error) | (root < 10 * _EPSILON))
-    # Statistics of float32 features are computed in float64; older versions kept them in float32.
+    # A root in float64 is exact; the room is for statistics that somebody has stored in float32.
     if len(bad := np.flatnonzero(~constant & ~np.isclose(scale, root, rtol=1e-6, atol=0))):
         raise ImportFileError(
             f"its scale_ is {scale[bad[0]]} for feature {bad[0]} (counted from 0), and the root of its var_ {root[bad[0]]}: "
