@@ -57,6 +57,8 @@ def read_pickled(path: Path, classes: Collection[str]) -> Any:
         data = opened.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ImportFileError(f"it has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,} are not read")
+    if data.startswith(b"version https://git-lfs"):
+        raise ImportFileError("it is a Git LFS pointer, not the file itself: run `git lfs pull`")
     file = io.BytesIO(_inflated(data))
     value = read_pickle(file, _ALLOWED | set(classes), _finish)
     if rest := len(file.read()):

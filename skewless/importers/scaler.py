@@ -73,7 +73,7 @@ def with_scaler(definition: Definition, scaler: FittedScaler) -> tuple[Definitio
     """The definition with the scaler's statistics in its stage `standard_scaler`, and what there is to note.
 
     The stage computes as scikit-learn's `transform` does on float64 features: the same float64 bits, which it then rounds to
-    float32 once, as Keras does with what it is given.
+    float32 once, as Keras does with what it is given. On float32 features `transform` rounds mean and difference to float32.
     Raises ImportFileError where there is no one such stage without statistics, where the network takes another number of
     features, and where the scaler names its features in another order than the pipeline computes them in.
     """
@@ -155,7 +155,8 @@ def _constant(found: Mapping[str, NDArray[np.float64]], seen: NDArray[np.float64
     if len(seen) not in (1, len(scale)):
         raise ImportFileError(f"its n_samples_seen_ has {len(seen)} numbers for {len(scale)} features")
     root = np.sqrt(variance)
-    error = seen * _EPSILON * variance + (seen * mean * _EPSILON) ** 2
+    with np.errstate(over="ignore"):
+        error = seen * _EPSILON * variance + (seen * mean * _EPSILON) ** 2
     constant = (scale == 1) & ((variance <= error) | (root < 10 * _EPSILON))
     # A root in float64 is exact; the room is for statistics that somebody has stored in float32.
     if len(bad := np.flatnonzero(~constant & ~np.isclose(scale, root, rtol=1e-6, atol=0))):
@@ -183,8 +184,8 @@ def _check_order(pipeline: Pipeline, scaler: str, given: Sequence[str]) -> list[
         if name not in aliases:
             raise ImportFileError(
                 f"the scaler was fitted to features in another order: its feature {position} (counted from 0) is {name!r}, the "
-                f"pipeline's is {aliases[0]!r} ({' or '.join(map(repr, aliases[1:]))}). Its statistics would go to the wrong ones: fit it to "
-                "columns in the pipeline's order, or write a stage of your own that computes them in the scaler's"
+                f"pipeline's is {' or '.join(map(repr, aliases))}. Its statistics would go to the wrong ones: fit it, and train "
+                "the network, on columns in the pipeline's order, or write a stage of your own that computes them in the scaler's"
             )
     return [f"the scaler's {len(given)} features have the pipeline's order, by their names"]
 
