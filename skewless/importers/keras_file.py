@@ -61,10 +61,15 @@ _VARIABLES: dict[type[nn.Module], dict[str, str]] = {
 
 @dataclass
 class Stored:
-    """A layer's variables, by their names or, in Keras 3's own files, by their numbers."""
+    """A layer's variables, by their names or, in Keras 3's own files, by their numbers.
+
+    nested: whether it is known from its place in the file that the layer is in a model within the model, as it is in Keras
+    3's own files. Their order says nothing of how such layers and others follow one another.
+    """
 
     name: str
     variables: dict[str, h5py.Dataset]
+    nested: bool = False
 
     @property
     def kernel(self) -> h5py.Dataset:
@@ -245,7 +250,8 @@ def _by_number(root: h5py.File, config: Any) -> Iterator[Stored]:
             )
         if config is not None and configured.get(path) != name:
             raise ImportFileError(f"its group {path} is '{name}', by config.json {configured.get(path)!r}")
-        yield Stored(name, {number: _dataset(variables, number) for number in sorted(variables, key=int)})
+        numbered = {number: _dataset(variables, number) for number in sorted(variables, key=int)}
+        yield Stored(name, numbered, nested="/layers/" in path)
 
 
 def _numbered(group: h5py.Group, path: str, seen: list[int]) -> Iterator[tuple[str, h5py.Group]]:

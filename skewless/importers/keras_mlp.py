@@ -155,6 +155,11 @@ def _activation(layer: Layer) -> Any:
 def _stored_dense(saved: SavedModel, found: list[_Dense] | None) -> list[Stored]:
     """The dense layers' variables, in the model's order."""
     if found is None:
+        if nested := [layer.name for layer in saved.layers if layer.nested]:
+            raise ImportFileError(
+                f"it holds the weights alone of models within a model (the layer {nested[0]}): which layer follows which is not "
+                "in it; give the .keras or .h5 file of the whole model, which has its configuration"
+            )
         dense = [layer for layer in saved.layers if layer.kernel.ndim == 2]
     else:
         stored = {layer.name: layer for layer in saved.layers}
