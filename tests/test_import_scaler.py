@@ -226,7 +226,6 @@ def test_something_else_is_refused(tmp_path: Path, name: str, save: Callable):
         (gzip.compress(pickle.dumps(1))[:-9], "compressed, and breaks off"),
         (pickle.dumps(fitted()) + pickle.dumps(LabelEncoder()), "goes on for .* bytes after its first value"),
         (b"\0" * (pickled_arrays.MAX_BYTES + 1), "4,194,305 bytes, more than 4,194,304 are not read"),
-        (zlib.compress(bytes(2**28)), "inflates from .* to more than 4,194,304 bytes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -405,6 +404,10 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         instructions(b"}(", b"".join(b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N" for k in range(1, 40_000)), b"u"),
         "something else than a text for a key",
     ),
+    "zeros of 2^28 bytes": (zlib.compress(bytes(2**28)), "inflates from .* to more than 4,194,304 bytes"),
+    "two values": (instructions(b"NN"), "ends with more than one value"),
+    "a mark left": (instructions(b"N("), "an operation has no object to work on"),
+    "another byte order": (with_mean(ARRAY + b"(C\x08aaaaaaaa" + FLOAT64.replace(text("<"), text("=")) + b"K\x01\x85" + text("C") + b"tR"), "numbers of type 'f8', expected f4, f8"),
     "nested bombs": (zlib.compress(zlib.compress(bytes(2**26))), "no pickle, or a damaged one"),
 }  # fmt: skip
 

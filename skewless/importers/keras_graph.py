@@ -28,6 +28,11 @@ ONLY_IN_TRAINING = frozenset(
     }
 )  # fmt: skip
 MODELS = ("Functional", "Sequential", "Model")
+# Called with training=True when a model was built, these compute as in training for good in Keras 2. In Keras 3, what the
+# model itself is called with overrules it.
+_TRAINED_OR_NOT = frozenset(
+    {"AlphaDropout", "BatchNormalization", "Dropout", "GaussianDropout", "GaussianNoise", "SpatialDropout2D", *MODELS}
+)
 _FIRST = "conv1_pad"
 
 
@@ -110,16 +115,15 @@ def _called_with(entry: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Any, 
     inputs: list[str] = []
     if isinstance(nodes[0], Mapping):
         constants = tuple(_without_inputs(value, inputs) for value in nodes[0]["args"])
-        keywords = nodes[0].get("kwargs", {})
     else:
         # Keras 2: [[name, node, tensor, keywords], ...], or for an operation's one input [name, node, tensor, keywords].
         tensors = [nodes[0]] if isinstance(nodes[0][0], str) else nodes[0]
-        inputs, constants, keywords = [tensor[0] for tensor in tensors], (None, tensors[0][3]), tensors[0][3]
-    if keywords.get("training"):
-        raise ImportFileError(
-            f"layer '{name}' is called with training=True: outside training, too, it computes as in training; build the model "
-            "without that and save it again"
-        )
+        inputs, constants = [tensor[0] for tensor in tensors], (None, tensors[0][3])
+        if tensors[0][3].get("training") and entry["class_name"] in _TRAINED_OR_NOT:
+            raise ImportFileError(
+                f"layer '{name}' is called with training=True: outside training, too, it computes as in training; build the model "
+                "without that and save it again"
+            )
     if not inputs:
         raise ImportFileError(f"layer '{name}' gets its input by keyword, expected by position")
     return tuple(inputs), constants
