@@ -81,9 +81,9 @@ def read_keras_mlp(path: str | Path, network: MLP) -> ImportedFile:
 
 
 def shape_of(path: str | Path) -> dict[str, Any]:
-    """The parameters of the network `mlp` that a file's weights fit: {"inputs": 37, "hidden": [256, ...], "dropout": [0.3, ...]}.
+    """The parameters of the network `mlp` that a file's weights fit.
 
-    A file of weights alone has no dropout, which acts in training only: it is then 0 throughout.
+    Such as {"inputs": 37, "hidden": [256, 128, 64, 32], "dropout": [0.3, 0.3, 0.2, 0.2]}. A file of weights alone has no dropout, which acts in training only: it is then 0 throughout.
     Raises ImportFileError for a file that is damaged, or that holds no chain of dense layers.
     """
     with opened(path) as saved:
@@ -97,8 +97,8 @@ def _chain(model: Mapping[str, Any]) -> Iterator[Layer]:
     for layer in layers(model):
         if layer.inputs not in ((), (previous,)) or (layer.kind == "InputLayer" and previous):
             raise ImportFileError(
-                f"layer '{layer.name}' gets its input from {', '.join(layer.inputs) or 'outside'}, not from '{previous}' before it: "
-                "the model is no chain of layers"
+                f"layer '{layer.name}' gets its input from {', '.join(layer.inputs) or 'outside'}, not from '{previous}' "
+                "before it: the model is no chain of layers"
             )
         previous = layer.name
         if layer.kind in MODELS:
@@ -119,8 +119,8 @@ def _dense_layers(chain: Sequence[Layer]) -> list[_Dense]:
         shown = f"{layer.kind} '{layer.name}'"
         if layer.kind == "Normalization":
             raise ImportFileError(
-                f"{shown} scales the model's input by statistics of its own, which the stage standard_scaler does in the archive: "
-                "build the model without that layer, save it, and write the layer's mean and the root of its variance into the "
+                f"{shown} scales the model's input by statistics of its own, which the stage standard_scaler does in the "
+                "archive: build the model without that layer, save it, and write the layer's mean and the root of its variance into the "
                 "pipeline's standard_scaler"
             )
         last = found[-1] if found else None
@@ -157,8 +157,8 @@ def _stored_dense(saved: SavedModel, found: list[_Dense] | None) -> list[Stored]
     if found is None:
         if nested := [layer.name for layer in saved.layers if layer.nested]:
             raise ImportFileError(
-                f"it holds the weights alone of models within a model (the layer {nested[0]}): which layer follows which is not "
-                "in it; give the .keras or .h5 file of the whole model, which has its configuration"
+                f"it holds the weights alone of models within a model (the layer {nested[0]}): which layer follows which "
+                "is not in it; give the .keras or .h5 file of the whole model, which has its configuration"
             )
         dense = [layer for layer in saved.layers if layer.kernel.ndim == 2]
     else:
@@ -192,8 +192,8 @@ def _check_shape(shape: Mapping[str, Any], network: MLP) -> None:
     if (shape["inputs"], shape["hidden"]) != (inputs, hidden):
         line = ", ".join(f"{name}: {value}" for name, value in shape.items())
         raise ImportFileError(
-            f"it takes {shape['inputs']} features and has hidden layers of {shape['hidden']} units; the archive's model.yaml has "
-            f"{inputs} and {hidden}. Write there:\n  network: {{mlp: {{{line}}}}}"
+            f"it takes {shape['inputs']} features and has hidden layers of {shape['hidden']} units; the archive's "
+            f"model.yaml has {inputs} and {hidden}. Write there:\n  network: {{mlp: {{{line}}}}}"
         )
 
 
@@ -212,19 +212,20 @@ def _check_layers(found: Sequence[_Dense], network: MLP) -> None:
             )
         elif each.norm is not None and each.norm.config["epsilon"] != ours.norm.eps:
             wrong.append(
-                f"batch normalisation '{each.norm.name}' has the epsilon {each.norm.config['epsilon']!r:.40}, expected {ours.norm.eps}"
+                f"batch normalisation '{each.norm.name}' has the epsilon {each.norm.config['epsilon']!r:.40}, expected "
+                f"{ours.norm.eps}"
             )
     units = output.layer.config["units"]
     if (units, output.activation) == (2, "softmax"):
         wrong.append(
-            f"the output, '{output.layer.name}', is a softmax over 2 units, expected one unit with a sigmoid. In Keras, replace it "
-            "with Dense(1, activation='sigmoid') of the kernel k[:, 1:] - k[:, :1] and the bias b[1:] - b[:1], which gives the same "
-            "probability of the second class, and save that"
+            f"the output, '{output.layer.name}', is a softmax over 2 units, expected one unit with a sigmoid. In Keras, "
+            "replace it with Dense(1, activation='sigmoid') of the kernel k[:, 1:] - k[:, :1] and the bias b[1:] - b[:1], "
+            "which gives the same probability of the second class, and save that"
         )
     elif units != 1 or output.activation not in ("sigmoid", "linear"):
         wrong.append(
-            f"the output, '{output.layer.name}', has {units!r:.20} units and the activation {output.activation!r:.80}, expected 1 and "
-            "'sigmoid', or 'linear' for a logit"
+            f"the output, '{output.layer.name}', has {units!r:.20} units and the activation {output.activation!r:.80}, "
+            "expected 1 and 'sigmoid', or 'linear' for a logit"
         )
     if output.norm is not None:
         wrong.append(f"the output, '{output.layer.name}', has a batch normalisation, expected none")

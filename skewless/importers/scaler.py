@@ -1,4 +1,4 @@
-"""scikit-learn's `StandardScaler`, read as data from what `pickle.dump` or `joblib.dump` wrote, for the stage `standard_scaler`."""
+"""scikit-learn's `StandardScaler`, read as data from a file of pickle's or joblib's, for the stage `standard_scaler`."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def read_scaler(path: str | Path) -> FittedScaler:
         return _fitted(value.state, file_digest(path))
     except (ValueError, OverflowError) as error:
         raise ImportFileError(
-            f"{path} is not taken as a scaler: {error}. Nothing of it ran. Expected is scikit-learn's fitted StandardScaler, alone "
-            "in a file: pickle.dump(scaler, file) or joblib.dump(scaler, path). Anything else that computes (x - mean) / std "
+            f"{path} is not taken as a scaler: {error}. Nothing of it ran. Expected is scikit-learn's fitted StandardScaler, "
+            "alone in a file: pickle.dump(scaler, file) or joblib.dump(scaler, path). Anything else that computes (x - mean) / std "
             "can be written into the stage standard_scaler of a pipeline file, as mean and std"
         ) from error
 
@@ -94,7 +94,8 @@ def with_scaler(definition: Definition, scaler: FittedScaler) -> tuple[Definitio
     if scaler.constant:
         listed = ", ".join(map(str, scaler.constant))
         notes.append(
-            f"feature {listed} (counted from 0) was the same in all of the scaler's training set, and is not scaled, as in scikit-learn"
+            f"feature {listed} (counted from 0) was the same in all of the scaler's training set; it is not "
+            "scaled, as scikit-learn does"
         )
     fitted = pipeline.replace(**{stages[0]: StandardScaler(mean=scaler.mean, std=scaler.std)})
     return replace(definition, pipeline=fitted), notes
@@ -184,8 +185,9 @@ def _check_order(pipeline: Pipeline, scaler: str, given: Sequence[str]) -> list[
         if name not in aliases:
             raise ImportFileError(
                 f"the scaler was fitted to features in another order: its feature {position} (counted from 0) is {name!r}, the "
-                f"pipeline's is {' or '.join(map(repr, aliases))}. Its statistics would go to the wrong ones: fit it, and train "
-                "the network, on columns in the pipeline's order, or write a stage of your own that computes them in the scaler's"
+                f"pipeline's is {' or '.join(map(repr, aliases))}. Its statistics would go to the wrong ones: fit it, and "
+                "train the network, on columns in the pipeline's order, or write a stage of your own that computes them in "
+                "the scaler's"
             )
     return [f"the scaler's {len(given)} features have the pipeline's order, by their names"]
 
