@@ -39,7 +39,7 @@ from torchvision.models import resnet18
 from benchmarks.command import scratch_folder
 from skewless.core.definition import Definition
 from skewless.core.files import atomic
-from skewless.core.networks.resnet18_fastai import AdaptiveConcatPool2d
+from skewless.core.networks.resnet_fastai import AdaptiveConcatPool2d
 from skewless.core.stages.voice import RemoveSilence, VoiceFeatures
 from skewless.packaging.export import export_checkpoint
 from skewless.training.checkpoint import load_checkpoint, network_of

@@ -73,6 +73,13 @@ def import_(
             "pipeline does the same. May be given several times.",
         ),
     ] = None,
+    scaler: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="scikit-learn's fitted StandardScaler, as pickle or joblib saved it, for a pipeline with standard_scaler.",
+        ),
+    ] = None,
     accept_untrained: AcceptUntrained = None,
     manifest: Annotated[
         Path | None,
@@ -94,7 +101,8 @@ def import_(
     """Turn another framework's file into a checkpoint, without running its code.
 
     Takes PyTorch checkpoints and state dicts, what fastai's learn.save writes, .safetensors, Keras' .keras and .h5, and
-    networks saved by torch.export. With --manifest, what the file records is held against every pipeline.
+    networks saved by torch.export; beside them, a scaler of scikit-learn's. With --manifest, what the file records is held
+    against every pipeline.
     """
     from skewless.importers.run import ImportRequest, import_file
 
@@ -106,6 +114,7 @@ def import_(
             pipeline=pipeline,
             classes=[] if classes is None else [name.strip() for name in classes.split(",")],
             replaced=replaced or (),
+            scaler=scaler,
             accept_untrained=accept_untrained or (),
             manifest=manifest,
             root=root,

@@ -112,5 +112,6 @@ def check_servable(pipeline: Pipeline) -> None:
     if pipeline.unfitted:
         raise ImportFileError(
             f"pipeline '{pipeline.name}' has the stage {', '.join(pipeline.unfitted)} without the statistics of the training "
-            "set, and the file does not hold them; write them into a pipeline file and give it as --pipeline"
+            "set, and the file does not hold them; give scikit-learn's fitted StandardScaler as --scaler, or write them into a "
+            "pipeline file and give it as --pipeline"
         )

@@ -79,8 +79,17 @@ def read(path: Path, format: str, definition: Definition, replaced: Collection[s
         from skewless.core.networks.keras_resnet50 import KerasResNet50
         from skewless.importers.keras_file import read_keras
 
+        if network == "mlp":
+            from skewless.core.networks.mlp import MLP
+            from skewless.importers.keras_mlp import read_keras_mlp
+
+            if replaced:
+                raise ImportFileError("--replaced is for layers before keras_resnet50, and the network is mlp")
+            return read_keras_mlp(path, cast(MLP, definition.build_network()))
         if network != "keras_resnet50":
-            raise ImportFileError(f"{definition.folder} has the network {definition.network}, expected keras_resnet50")
+            raise ImportFileError(
+                f"{definition.folder} has the network {definition.network}, expected keras_resnet50 or mlp"
+            )
         built, classes = cast(KerasResNet50, definition.build_network()), definition.classes
         if len(classes) != built.predictions.out_features:
             raise ImportFileError(

@@ -18,7 +18,8 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,24 +49,46 @@ _DAMAGE = (
 _OLD_WORD = "_layer_checkpoint_dependencies"
 
 # The variables of a layer, in the order in which Keras 3 numbers them.
-_VARIABLES = {
-    nn.Conv2d: {"kernel": "weight", "bias": "bias"},
-    nn.Linear: {"kernel": "weight", "bias": "bias"},
-    nn.BatchNorm2d: {
-        "gamma": "weight",
-        "beta": "bias",
-        "moving_mean": "running_mean",
-        "moving_variance": "running_var",
-    },
+_WEIGHTED = {"kernel": "weight", "bias": "bias"}
+_NORMALISING = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+_VARIABLES: dict[type[nn.Module], dict[str, str]] = {
+    nn.Conv2d: _WEIGHTED,
+    nn.Linear: _WEIGHTED,
+    nn.BatchNorm1d: _NORMALISING,
+    nn.BatchNorm2d: _NORMALISING,
 }
 
 
 @dataclass
-class _Stored:
-    """A layer's variables, by their names or, in Keras 3's own files, by their numbers."""
+class Stored:
+    """A layer's variables, by their names or, in Keras 3's own files, by their numbers.
+
+    nested: whether it is known from its place in the file that the layer is in a model within the model, as it is in Keras
+    3's own files. Their order says nothing of how such layers and others follow one another.
+    """
 
     name: str
     variables: dict[str, h5py.Dataset]
+    nested: bool = False
+
+    @property
+    def kernel(self) -> h5py.Dataset:
+        """The first variable: of a dense layer its kernel (in, out)."""
+        return next(iter(self.variables.values()))
+
+
+@dataclass
+class SavedModel:
+    """A file that Keras wrote, while it is open.
+
+    config: the model's, None in a file of weights alone. layers: those with variables, in the model's order where the file
+    lists it, else those of one class in the model's order; without random generators. notes: what was left out. version: of Keras, empty where it is not said.
+    """
+
+    config: Mapping[str, Any] | None
+    layers: list[Stored]
+    notes: list[str]
+    version: str
 
 
 def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] = ()) -> ImportedFile:
@@ -77,6 +100,36 @@ def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] =
     Raises ImportFileError for a file that is damaged, is of another kind, holds another network, or computes something that
     the network or a pipeline's stages do not.
     """
+    with opened(path) as saved:
+        graph = None if saved.config is None else read_graph(saved.config, network, replaced)
+        heads = list(graph.dense if graph else [layer.name for layer in saved.layers if layer.kernel.ndim == 2])
+        if len(heads) != 2:
+            raise ImportFileError(
+                f"it has {len(heads)} dense layers ({', '.join(heads) or 'none'}), expected 2 behind ResNet50"
+            )
+        modules = {name: module for name, module in network.named_children() if type(module) in _VARIABLES}
+        weights = state_dict(saved.layers, modules, {heads[0]: "dense", heads[1]: "predictions"})
+        notes: list[str] = []
+        if graph is None:
+            notes.append("it holds weights alone: what its layers compute, and what comes before them, is not known")
+        else:
+            notes += graph.notes
+            if not graph.stages:
+                notes.append("the model does nothing to its input: what it was trained behind is not said")
+        notes += saved.notes
+    if saved.version:
+        notes.append(f"written by Keras {saved.version}")
+    stages = graph.stages if graph else ()
+    return ImportedFile("keras", file_digest(path), weights, stages=stages, notes=tuple(notes))
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[SavedModel]:
+    """The file, open as long as the `with` statement runs.
+
+    Raises ImportFileError, naming the file, for one that is damaged or of another kind, and for what the statement's body
+    raises on account of the file.
+    """
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -84,21 +137,26 @@ def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] =
             if start == b"\x89HDF\r\n\x1a\n":
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     _check_heaps(data)
-                return _read_h5(path, file, None, "", network, replaced)
-            if start[:4] == b"PK\x03\x04":
+                with h5py.File(file, "r") as root:
+                    yield _saved_model(root, None, "")
+            elif start[:4] == b"PK\x03\x04":
                 with zipfile.ZipFile(file) as archive:
                     config, version = json.loads(_member(archive, "config.json", _MAX_CONFIG)), _version(archive)
                     weights = io.BytesIO(_member(archive, "model.weights.h5", _MAX_WEIGHTS))
                 _check_heaps(weights.getbuffer())
-                return _read_h5(path, weights, config, version, network, replaced)
+                with h5py.File(weights, "r") as root:
+                    yield _saved_model(root, config, version)
+            else:
+                shown = start.hex(" ") or "nothing"
+                raise ImportFileError(
+                    f"it starts with {shown}: neither a .keras file (a zip) nor HDF5; give what Keras saved"
+                )
     except ImportFileError as error:
         raise ImportFileError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise ImportFileError(f"there is no file {path}") from error
     except (*_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
         raise ImportFileError(f"{path} is damaged, or not as Keras writes it: {error!r}") from error
-    shown = start.hex(" ") or "nothing"
-    raise ImportFileError(f"{path} starts with {shown}: neither a .keras file (a zip) nor HDF5; give what Keras saved")
 
 
 def _check_heaps(data: mmap.mmap | memoryview) -> None:
@@ -131,45 +189,33 @@ def _version(archive: zipfile.ZipFile) -> str:
     return str(json.loads(_member(archive, "metadata.json", _MAX_CONFIG)).get("keras_version", ""))
 
 
-def _read_h5(
-    path: Path, file: io.IOBase, config: Any, version: str, network: nn.Module, replaced: Collection[str]
-) -> ImportedFile:
-    notes: list[str] = []
-    with h5py.File(file, "r") as root:
-        if config is None and "model_config" in root.attrs:
-            config = json.loads(_text(root.attrs["model_config"]))
-        graph = None if config is None else read_graph(config, network, replaced)
-        if "layer_names" in root.attrs or "model_weights" in root:
-            top = root if "layer_names" in root.attrs else _group(root, "model_weights")
-            stored, version = list(_by_variable(top)), _text(top.attrs.get("keras_version", ""))
-        else:
-            stored = list(_by_number(root, config))
-        weights, generators = _state_dict(stored, network, None if graph is None else graph.dense)
-        if graph is None:
-            notes.append("it holds weights alone: what its layers compute, and what comes before them, is not known")
-        else:
-            notes += graph.notes
-            if not graph.stages:
-                notes.append("the model does nothing to its input: what it was trained behind is not said")
-        if generators:
-            notes.append(f"left out, the state of random generators: {', '.join(generators)}")
-        if any(name in root for name in ("optimizer", "optimizer_weights")):
-            notes.append("left out: the optimizer's state")
-    if version:
-        notes.append(f"written by Keras {version}")
-    stages = graph.stages if graph else ()
-    return ImportedFile("keras", file_digest(path), weights, stages=stages, notes=tuple(notes))
+def _saved_model(root: h5py.File, config: Any, version: str) -> SavedModel:
+    if config is None and "model_config" in root.attrs:
+        config = json.loads(_text(root.attrs["model_config"]))
+    if "layer_names" in root.attrs or "model_weights" in root:
+        top = root if "layer_names" in root.attrs else _group(root, "model_weights")
+        stored, version = list(_by_variable(top)), _text(top.attrs.get("keras_version", ""))
+    else:
+        stored = list(_by_number(root, config))
+    # All they have is whole numbers.
+    generators = [s.name for s in stored if all(v.dtype.kind in "iu" for v in s.variables.values())]
+    notes = []
+    if generators:
+        notes.append(f"left out, the state of random generators: {', '.join(generators)}")
+    if any(name in root for name in ("optimizer", "optimizer_weights")):
+        notes.append("left out: the optimizer's state")
+    return SavedModel(config, [s for s in stored if s.name not in generators], notes, version)
 
 
-def _by_variable(top: h5py.Group) -> Iterator[_Stored]:
+def _by_variable(top: h5py.Group) -> Iterator[Stored]:
     """Layers of Keras 2's layout: attributes list a model's layers, and each one's variables by path."""
     for outer in _names(top, "layer_names"):
         group = _group(top, outer)
-        found: dict[str, _Stored] = {}
+        found: dict[str, Stored] = {}
         for path in _names(group, "weight_names"):
             # "model/conv1_conv/kernel:0": in a nested model's group, the path says whose variable it is.
             *_, name, variable = path.removesuffix(":0").split("/")
-            found.setdefault(name, _Stored(name, {})).variables[variable] = _dataset(group, path)
+            found.setdefault(name, Stored(name, {})).variables[variable] = _dataset(group, path)
         yield from found.values()
 
 
@@ -184,7 +230,7 @@ def _names(group: h5py.Group, attribute: str) -> list[str]:
     return [_text(name) for part in parts for name in group.attrs[part]]
 
 
-def _by_number(root: h5py.File, config: Any) -> Iterator[_Stored]:
+def _by_number(root: h5py.File, config: Any) -> Iterator[Stored]:
     """Layers of Keras 3's layout: groups are named by class and count, variables are numbered. A layer's own name is an
     attribute; files from before Keras wrote that are read by their configuration."""
     # Keras 2.13 has another word for "layers".
@@ -203,7 +249,8 @@ def _by_number(root: h5py.File, config: Any) -> Iterator[_Stored]:
             )
         if config is not None and configured.get(path) != name:
             raise ImportFileError(f"its group {path} is '{name}', by config.json {configured.get(path)!r}")
-        yield _Stored(name, {number: _dataset(variables, number) for number in sorted(variables, key=int)})
+        numbered = {number: _dataset(variables, number) for number in sorted(variables, key=int)}
+        yield Stored(name, numbered, nested="/layers/" in path)
 
 
 def _numbered(group: h5py.Group, path: str, seen: list[int]) -> Iterator[tuple[str, h5py.Group]]:
@@ -228,19 +275,14 @@ def _order(name: str) -> tuple[str, int]:
     return (kind, int(number)) if kind and number.isdecimal() else (name, 0)
 
 
-def _state_dict(
-    stored: list[_Stored], network: nn.Module, dense: tuple[str, str] | None
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The network's state dict, and the layers left out because all they have is whole numbers: random generators'."""
-    layers = {name: module for name, module in network.named_children() if type(module) in _VARIABLES}
-    generators = [s.name for s in stored if all(v.dtype.kind in "iu" for v in s.variables.values())]
-    stored = [s for s in stored if s.name not in generators]
-    heads = list(dense or [s.name for s in stored if next(iter(s.variables.values())).ndim == 2])
-    if len(heads) != 2:
-        raise ImportFileError(
-            f"it has {len(heads)} dense layers ({', '.join(heads) or 'none'}), expected 2 behind ResNet50"
-        )
-    ours = {heads[0]: "dense", heads[1]: "predictions"}
+def state_dict(
+    stored: list[Stored], layers: Mapping[str, nn.Module], ours: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """The stored layers' variables as a state dict.
+
+    layers: the network's, by the names that their weights start with. ours: these names by Keras' names, where they differ.
+    Raises ImportFileError listing variables that are missing, unexpected, or of another shape or type.
+    """
     weights: dict[str, torch.Tensor] = {}
     problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape or type": []}
     found: set[str] = set()
@@ -263,7 +305,7 @@ def _state_dict(
                 problems["of another shape or type"].append(f"{layer.name}/{key} {shown}")
             else:
                 weights[f"{name}.{names[key]}"] = weight
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             weights[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
     problems["missing"] += [name for name in layers if name not in found]
     if any(problems.values()):
@@ -273,7 +315,7 @@ def _state_dict(
             if v
         )
         raise ImportFileError(f"its weights do not fit the network: {listed}")
-    return weights, generators
+    return weights
 
 
 def _read_weight(dataset: h5py.Dataset, shape: torch.Size) -> torch.Tensor | None:

@@ -28,6 +28,11 @@ ONLY_IN_TRAINING = frozenset(
     }
 )  # fmt: skip
 MODELS = ("Functional", "Sequential", "Model")
+# Called with training=True when a model was built, these compute as in training for good in Keras 2. In Keras 3, what the
+# model itself is called with overrules it.
+_TRAINED_OR_NOT = frozenset(
+    {"AlphaDropout", "BatchNormalization", "Dropout", "GaussianDropout", "GaussianNoise", "SpatialDropout2D", *MODELS}
+)
 _FIRST = "conv1_pad"
 
 
@@ -114,6 +119,11 @@ def _called_with(entry: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Any, 
         # Keras 2: [[name, node, tensor, keywords], ...], or for an operation's one input [name, node, tensor, keywords].
         tensors = [nodes[0]] if isinstance(nodes[0][0], str) else nodes[0]
         inputs, constants = [tensor[0] for tensor in tensors], (None, tensors[0][3])
+        if tensors[0][3].get("training") and entry["class_name"] in _TRAINED_OR_NOT:
+            raise ImportFileError(
+                f"layer '{name}' is called with training=True: outside training, too, it computes as in training; build the model "
+                "without that and save it again"
+            )
     if not inputs:
         raise ImportFileError(f"layer '{name}' gets its input by keyword, expected by position")
     return tuple(inputs), constants
@@ -151,7 +161,7 @@ def _read(model: Mapping[str, Any], network: nn.Module, replaced: Collection[str
         raise ImportFileError(
             "the model computes something else than the network:\n" + "\n".join(f"  {w}" for w in wrong)
         )
-    return Graph((dense[0], dense[1]), (*front.stages, *_as_stages(image)), _notes(everything, replaced))
+    return Graph((dense[0], dense[1]), (*front.stages, *_as_stages(image)), notes_on(everything, replaced))
 
 
 def _walk(model: Mapping[str, Any]) -> Iterator[Layer]:
@@ -359,7 +369,8 @@ def _digits(value: float) -> float:
     return float(f"{value:.6g}") + 0.0
 
 
-def _notes(everything: list[Layer], replaced: Collection[str]) -> tuple[str, ...]:
+def notes_on(everything: Collection[Layer], replaced: Collection[str] = ()) -> tuple[str, ...]:
+    """What of a model's layers was left out, and what Keras computed them in where that was not float32."""
     notes = []
     if left := [f"{layer.kind} '{layer.name}'" for layer in everything if layer.kind in ONLY_IN_TRAINING]:
         notes.append(f"left out, as they act in training only: {', '.join(left)}")

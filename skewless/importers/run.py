@@ -20,6 +20,7 @@ from skewless.importers.class_order import Orders, said_classes
 from skewless.importers.errors import ImportFileError
 from skewless.importers.evidence import Comparison, compare, judge, read_predictions
 from skewless.importers.formats import WEIGHTS_ALONE, format_of, read
+from skewless.importers.scaler import read_scaler, with_scaler
 from skewless.importers.weights import network_from
 from skewless.training.manifest import read_manifest, select
 from skewless.training.untrained import require_trained
@@ -36,6 +37,7 @@ class ImportRequest:
         nothing about it, so that it has to be given.
     classes: the archive's classes, in the order of the file's outputs; to be given where the file does not say it.
     replaced: of a Keras model, the layers before the network that the pipeline does the work of.
+    scaler: scikit-learn's StandardScaler in a file, for a pipeline whose standard_scaler has no statistics yet.
     accept_untrained: layers that look untrained and are rightly so.
     manifest, root, split, predictions, variants: recordings to compare pipelines on; the folder their paths are relative
         to (None: the manifest's), the part of the manifest, a CSV with probabilities as recorded after training, and a
@@ -48,6 +50,7 @@ class ImportRequest:
     pipeline: Path | None = None
     classes: Sequence[str] = ()
     replaced: Sequence[str] = ()
+    scaler: Path | None = None
     accept_untrained: Sequence[str] = ()
     manifest: Path | None = None
     root: Path | None = None
@@ -139,16 +142,22 @@ def import_file(request: ImportRequest) -> ImportResult:
         raise ImportFileError("--replaced is for layers of a Keras model, which this file is not")
     path = _pipeline_of(request, format)
     definition = replace(definition, pipeline=Pipeline.from_yaml(path, definition.folder))
+    scaler = None if request.scaler is None else read_scaler(request.scaler)
+    said: list[str] = []
+    if scaler is not None:
+        definition, said = with_scaler(definition, scaler)
     check_servable(definition.pipeline)
     file = read(request.file, format, definition, request.replaced)
     agreed = check_config(file.config, definition)
     check_stages(definition.pipeline, file.stages)
     network = definition.build_network() if definition.network_files else network_from(file.weights, definition)
-    notes = [*file.notes, *require_trained(network, request.accept_untrained), _NO_PROOF]
+    notes = [*file.notes, *said, *require_trained(network, request.accept_untrained), _NO_PROOF]
     if format == "keras" and "decode_image" in definition.pipeline.stages:
         notes += loader_notes(definition.pipeline, _candidates(request, path, definition))
     classes = said_classes(request.classes, file.config, definition)
     checkpoint = checkpoint_of(file, network, definition, classes, request.accept_untrained)
+    if scaler is not None:
+        checkpoint["imported_from"]["scaler_sha256"] = scaler.sha256
     comparison = None
     if request.manifest is not None:
         comparison = _compare(request, request.manifest, path, definition, checkpoint, file.val_auc)
