@@ -21,6 +21,7 @@ from skewless.scaffold import create
 from skewless.training.checkpoint import CheckpointError, file_digest, load_checkpoint, network_of
 from skewless.training.untrained import UntrainedError
 from tests import recordings
+from tests.degenerate import KINDS, degenerate
 from tests.recordings import one_thread  # noqa: F401
 
 RECORDING = recordings.wav(recordings.coughs(16000, 3.0), 16000)
@@ -99,6 +100,16 @@ def test_another_file_than_the_imported_one_is_refused(folder: Path, exported: P
         CheckpointError, match=r"model\.pt2 is not the exported network that the checkpoint was imported"
     ):
         service_of(Definition.read(folder), checkpoint, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_degenerate_weights_are_refused(folder: Path, kind: str):
+    network = trained()
+    network.load_state_dict(degenerate(kind, network.state_dict(), "dense"))
+    export(network, folder / "model.pt2")
+    with pytest.raises(CheckpointError, match=KINDS[kind][1]):
+        imported(folder, folder / "model.pt2")
+    assert not (folder.parent / "run").exists()
 
 
 def test_an_untrained_export_is_refused(folder: Path):

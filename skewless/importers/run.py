@@ -20,6 +20,7 @@ from skewless.importers.errors import ImportFileError
 from skewless.importers.evidence import Comparison, compare, judge, read_predictions
 from skewless.importers.formats import format_of, read
 from skewless.importers.weights import network_from
+from skewless.packaging.probes import network_inputs
 from skewless.training.manifest import read_manifest, select
 from skewless.training.untrained import require_trained
 
@@ -34,7 +35,7 @@ class ImportRequest:
     pipeline: the file that says what the weights were trained behind; None is the archive's own. A PyTorch file says
         nothing about it, so that it has to be given.
     replaced: of a Keras model, the layers before the network that the pipeline does the work of.
-    accept_untrained: layers that look untrained and are rightly so.
+    accept_untrained: layers, or "outputs", that look untrained and are rightly so.
     manifest, root, split, predictions, variants: recordings to compare pipelines on; the folder their paths are relative
         to (None: the manifest's), the part of the manifest, a CSV with probabilities as recorded after training, and a
         folder of pipelines (None: the archive's variants/). device: where the network runs for that.
@@ -129,8 +130,9 @@ def import_file(request: ImportRequest) -> ImportResult:
     file = read(request.file, format, definition, request.replaced)
     agreed = check_config(file.config, definition)
     check_stages(definition.pipeline, file.stages)
-    network = definition.build_network() if definition.network_files else network_from(file.weights, definition)
-    notes = [*file.notes, *require_trained(network, request.accept_untrained), _NO_PROOF]
+    network = network_from(file.weights, definition)
+    inputs = list(network_inputs(definition.pipeline))
+    notes = [*file.notes, *require_trained(network, request.accept_untrained, inputs=inputs), _NO_PROOF]
     checkpoint = checkpoint_of(file, network, definition, request.accept_untrained)
     comparison = None
     if request.manifest is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,27 +104,57 @@ def trained(definition: Definition, checkpoint: dict[str, Any]) -> Definition:
     return fitted
 
 
+class UnfitWeightsError(CheckpointError):
+    """Weights of another network: keys are missing, unexpected or of another shape."""
+
+
 def network_of(checkpoint: dict[str, Any], definition: Definition) -> Network:
     """The definition's network with the checkpoint's weights, in eval mode.
 
-    Raises CheckpointError listing missing, unexpected and misshapen keys.
+    Raises UnfitWeightsError listing missing, unexpected and misshapen keys; CheckpointError for values that no trained
+    network has: NaN, infinity, a negative variance.
     """
     network = definition.build_network()
-    if definition.network_files:
-        return network.eval()  # an exported network, which brings its weights
-    weights, expected = checkpoint["model_state_dict"], network.state_dict()
+    # An exported network brings its weights.
+    if not definition.network_files:
+        weights = checkpoint["model_state_dict"]
+        check_fit(weights, network)
+        network.load_state_dict(weights)
+    _check_values(network)
+    return network.eval()
+
+
+def check_fit(weights: Mapping[str, torch.Tensor], network: Network) -> None:
+    """Raise UnfitWeightsError unless the weights have the network's names and shapes."""
+    expected = network.state_dict()
     problems = {
         "missing": sorted(set(expected) - set(weights)),
         "unexpected": sorted(set(weights) - set(expected)),
         "of another shape": sorted(k for k in set(expected) & set(weights) if expected[k].shape != weights[k].shape),
     }
     if any(problems.values()):
-        listed = "; ".join(
-            f"{len(v)} {k} ({', '.join(v[:5])}{', ...' if len(v) > 5 else ''})" for k, v in problems.items() if v
-        )
-        raise CheckpointError(f"the weights do not fit the network: {listed}")
-    network.load_state_dict(weights)
-    return network.eval()
+        listed = "; ".join(f"{len(v)} {k} ({shortened(v)})" for k, v in problems.items() if v)
+        raise UnfitWeightsError(f"the weights do not fit the network: {listed}")
+
+
+def shortened(names: Sequence[str], shown: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{', '.join(names[:shown])}{more}"
+
+
+def _check_values(network: Network) -> None:
+    for name, value in network.state_dict().items():
+        if bad := int((~value.isfinite()).sum()):
+            raise CheckpointError(
+                f"{name} has {bad} of {value.numel()} values that are NaN or infinite: the training diverged, or the file is "
+                "damaged; give weights from before"
+            )
+        if name.endswith("running_var") and (bad := int((value < 0).sum())):
+            raise CheckpointError(
+                f"{name} has {bad} of {value.numel()} values below 0, the lowest {value.min():g}, and no variance is: these "
+                "are not a training's statistics; give the trained model's state_dict()"
+            )
 
 
 def file_digest(path: str | Path) -> str:
