@@ -156,7 +156,7 @@ def test_formats_are_told_apart_by_content(tmp_path: Path, exported: Path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(member, "")
         assert format_of(path) == "keras"
-    path.write_bytes(b"")
+    path.write_bytes(b"\x80\x02 of a pickle")
     assert format_of(path) == "pytorch"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "")

@@ -144,6 +144,7 @@ def _read_h5(
             stored, version = list(_by_variable(top)), _text(top.attrs.get("keras_version", ""))
         else:
             stored = list(_by_number(root, config))
+        checked = all(dataset.fletcher32 for layer in stored for dataset in layer.variables.values())
         weights, generators = _state_dict(stored, network, None if graph is None else graph.dense)
         if graph is None:
             notes.append("it holds weights alone: what its layers compute, and what comes before them, is not known")
@@ -159,7 +160,7 @@ def _read_h5(
     if version:
         notes.append(f"written by Keras {version}")
     stages = graph.stages if graph else ()
-    return ImportedFile("keras", file_digest(path), weights, stages=stages, notes=tuple(notes))
+    return ImportedFile("keras", file_digest(path), weights, stages=stages, notes=tuple(notes), checksums=checked)
 
 
 def _by_variable(top: h5py.Group) -> Iterator[_Stored]:
@@ -283,7 +284,14 @@ def _read_weight(dataset: h5py.Dataset, shape: torch.Size) -> torch.Tensor | Non
     order = {4: (3, 2, 0, 1), 2: (1, 0)}.get(len(shape), (0,))
     if dataset.dtype.kind != "f" or dataset.ndim != len(shape) or tuple(dataset.shape[i] for i in order) != shape:
         return None
-    values = dataset[()]
+    try:
+        values = dataset[()]
+    except OSError as error:
+        if not dataset.fletcher32:
+            raise
+        raise ImportFileError(
+            f"{dataset.name} does not match its checksum: the file is damaged; copy it again"
+        ) from error
     return torch.from_numpy(values.astype(values.dtype.newbyteorder("="))).permute(order).contiguous()
 
 
@@ -298,8 +306,8 @@ def _dataset(parent: h5py.Group, path: str) -> h5py.Dataset:
     found = _inside(parent, path)
     if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
         raise ImportFileError(f"its {parent.name}/{path} is no array that lies in the file itself")
-    # HDF5 inflates to the end of a stream, however many bytes the array has.
-    if found.id.get_create_plist().get_nfilters():
+    # HDF5 inflates to the end of a stream, however many bytes the array has. A checksum inflates nothing.
+    if found.id.get_create_plist().get_nfilters() > found.fletcher32:
         raise ImportFileError(
             f"its {parent.name}/{path} is compressed ({found.compression or 'by a filter'}), expected {found.nbytes:,} bytes as "
             "Keras stores them; save the model again with Keras"

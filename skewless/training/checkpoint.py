@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from skewless.core.definition import Definition
 from skewless.core.files import atomic
 from skewless.core.networks import Network
 from skewless.core.pipeline import Pipeline, fingerprint_of
+from skewless.training.checksums import ChecksumError, check_members
+from skewless.training.foreign_files import describe
 
 _KEYS = (
     *("epoch", "model_state_dict", "pipeline", "pipeline_fingerprint", "network", "postprocess", "code", "history"),
@@ -37,10 +40,18 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without unpickling code; raises CheckpointError saying what is wrong with it."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    if foreign := describe(path):
+        raise CheckpointError(f"{path} {foreign}. Expected is what `skewless train` or `skewless import` wrote")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {path}") from error
+        check_members(path)
+        # torch warns of pickles and tensors that are refused anyway.
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except ChecksumError as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
         raise CheckpointError(f"{path} is not a checkpoint that loads without running code: {error}") from error
     missing = [k for k in _KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]

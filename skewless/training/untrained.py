@@ -168,10 +168,15 @@ def require_trained(
 
 def _unlike_answers(network: Network, inputs: Sequence[torch.Tensor]) -> Findings:
     """Whether the outputs tell the inputs apart. Raises CheckpointError for a network that does not take the inputs."""
-    if len(inputs) < 2:
-        return Findings((), (f"the network was not tried: the pipeline takes {len(inputs)} of the generated files",))
-    answers: dict[str, list[torch.Tensor]] = {}
+    different: list[torch.Tensor] = []
     for x in inputs:
+        if len(x) and not any(torch.equal(x, other) for other in different):
+            different.append(x)
+    if len(different) < 2:
+        note = f"the network was not tried: the pipeline makes {len(different)} different inputs of the generated files"
+        return Findings((), (note,))
+    answers: dict[str, list[torch.Tensor]] = {}
+    for x in different:
         # Always as many rows: an output such as attention depends on their number.
         rows = torch.arange(_ROWS) % len(x)
         try:
@@ -193,7 +198,7 @@ def _unlike_answers(network: Network, inputs: Sequence[torch.Tensor]) -> Finding
     if widest >= MIN_OUTPUT_RANGE:
         return Findings((), ())
     reason = (
-        f"they hardly depend on the input: for {len(inputs)} generated files that have nothing in common they are at most "
+        f"they hardly depend on the input: for {len(different)} generated files that have nothing in common they are at most "
         f"{widest:.1e} apart, in logits or log-odds, expected {MIN_OUTPUT_RANGE} or more"
     )
     return Findings((Finding(OUTPUTS, reason),), ())
@@ -270,7 +275,9 @@ def _matrices(module: nn.Module) -> Iterator[torch.Tensor]:
     own = {name: value.detach() for name, value in module.named_parameters(recurse=False)}
     for name, value in own.items():
         # A scale for each channel may be stored as (C, 1, 1).
-        many = value.ndim >= 2 and "bias" not in name and ("weight" in name or sum(size > 1 for size in value.shape) >= 2)
+        many = (
+            value.ndim >= 2 and "bias" not in name and ("weight" in name or sum(size > 1 for size in value.shape) >= 2)
+        )
         affine = name == "weight" and "bias" in own and own["bias"].shape == value.shape
         if many and value.numel() > 1 and value.is_floating_point() and not affine:
             yield value
