@@ -13,6 +13,7 @@ from skewless.core.networks import NETWORKS
 from skewless.importers.errors import ImportFileError
 from skewless.importers.fastai import is_fastai, rename
 from skewless.importers.imported_file import ImportedFile
+from skewless.importers.torchvision_names import rename as rename_torchvision
 from skewless.training.checksums import ChecksumError, check_members
 from skewless.training.foreign_files import describe
 
@@ -96,6 +97,8 @@ def _read(path: Path, format: str, definition: Definition, replaced: Collection[
     from skewless.importers.pytorch import read_pytorch
 
     file = read_pytorch(path)
+    if network == "torchvision":
+        return replace(file, weights=rename_torchvision(file.weights, definition.build_network().state_dict()))
     if network == "resnet18_fastai" and is_fastai(file.weights):
         return replace(file, weights=rename(file.weights))
     return file

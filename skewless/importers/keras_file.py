@@ -30,7 +30,7 @@ from torch import nn
 from skewless.importers.errors import ImportFileError
 from skewless.importers.imported_file import ImportedFile
 from skewless.importers.inflated import read_member
-from skewless.importers.keras_graph import groups, read_graph
+from skewless.importers.keras_graph import check_resnet50, groups, read_graph
 from skewless.training.checkpoint import file_digest
 
 _MAX_WEIGHTS = 2**31  # bytes; ResNet-50 with an optimizer's two copies in float64 is a third of that
@@ -237,6 +237,7 @@ def _state_dict(
     layers = {name: module for name, module in network.named_children() if type(module) in _VARIABLES}
     generators = [s.name for s in stored if all(v.dtype.kind in "iu" for v in s.variables.values())]
     stored = [s for s in stored if s.name not in generators]
+    check_resnet50([layer.name for layer in stored])
     heads = list(dense or [s.name for s in stored if next(iter(s.variables.values())).ndim == 2])
     if len(heads) != 2:
         raise ImportFileError(

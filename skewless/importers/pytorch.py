@@ -128,7 +128,8 @@ def _why_unreadable(path: Path, message: str) -> str:
     reason = reason.strip().splitlines()[0].strip()
     # The number of an opcode, or nothing that says more: bytes of something else.
     if foreign or reason.isdigit():
-        start = path.open("rb").read(8).hex(" ")
+        with path.open("rb") as file:
+            start = file.read(8).hex(" ")
         reason = f"torch.save did not write it; it starts with the bytes {start}, which are of no format known here"
     return f"{path} is not a checkpoint that loads without running code: {reason}"
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from skewless.core.definition import Definition
-from skewless.core.networks import Network
+from skewless.core.definition import MODEL, Definition
+from skewless.core.networks import NETWORKS, Network
+from skewless.importers.architecture import describe
 from skewless.importers.errors import ImportFileError
-from skewless.training.checkpoint import check_fit, network_of
+from skewless.training.checkpoint import UnfitWeightsError, check_fit, network_of
 
 
 def network_from(weights: Mapping[str, torch.Tensor], definition: Definition) -> Network:
@@ -26,7 +27,10 @@ def network_from(weights: Mapping[str, torch.Tensor], definition: Definition) ->
         if not plain or value.is_quantized or value.is_nested or value.is_meta:
             raise ImportFileError(f"{name} is not a plain dense tensor; save model.state_dict() of the float32 model")
     expected = definition.build_network()
-    check_fit(weights, expected)
+    try:
+        check_fit(weights, expected)
+    except UnfitWeightsError as error:
+        raise ImportFileError(f"{error}{_what_they_are(weights, expected, definition)}") from error
     converted = {}
     for name, like in expected.state_dict().items():
         value = weights[name].detach()
@@ -39,3 +43,23 @@ def network_from(weights: Mapping[str, torch.Tensor], definition: Definition) ->
                 "evaluate and save the model in that type"
             )
     return network_of({"model_state_dict": converted}, definition)
+
+
+def _what_they_are(weights: Mapping[str, torch.Tensor], network: Network, definition: Definition) -> str:
+    """Which network the file has, which one the archive, and what to do; empty where neither is known."""
+    found, asked = (
+        describe({name: tuple(value.shape) for name, value in state.items()})
+        for state in (weights, network.state_dict())
+    )
+    if found is None:
+        return ""
+    name, _ = NETWORKS.split(definition.network)
+    ours = f"{name}, {asked.text}" if asked else name
+    export = "save the network with torch.export.save and write `network: {exported: model.pt2}`"
+    if found.model:
+        channels = "" if found.channels == 3 else f", channels: {found.channels}"
+        export = f"write `network: {{torchvision: {found.model}, classes: {found.outputs}{channels}}}`"
+    return (
+        f"\nThe file has {found.text}. The archive's network is {ours}. Choose the archive of the file's network, or {export} "
+        f"into {definition.folder / MODEL}"
+    )
