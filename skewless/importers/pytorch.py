@@ -17,7 +17,7 @@ import torch
 from skewless.importers.errors import ImportFileError
 from skewless.importers.imported_file import ImportedFile
 from skewless.importers.inflated import check_sizes, read_member
-from skewless.training.checkpoint import file_digest
+from skewless.training.checkpoint import file_digest, reason_of
 
 # Added by nn.DataParallel and by torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
@@ -69,7 +69,7 @@ def read_pytorch(path: str | Path) -> ImportedFile:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
-        raise ImportFileError(_why_unreadable(Path(path), str(error) or type(error).__name__)) from error
+        raise ImportFileError(_why_unreadable(Path(path), error)) from error
     if not isinstance(content, Mapping):
         raise ImportFileError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
     if "pipeline_fingerprint" in content:
@@ -105,7 +105,8 @@ def _check_sizes(path: Path) -> None:
         ) from error
 
 
-def _why_unreadable(path: Path, message: str) -> str:
+def _why_unreadable(path: Path, error: Exception) -> str:
+    message = str(error)
     advice = (
         "Nothing of it ran. Where it was written, save plain values instead: "
         'torch.save({"model_state_dict": model.state_dict(), "config": vars(config), "epoch": ..., "val_auc": ...}, ...)'
@@ -123,9 +124,7 @@ def _why_unreadable(path: Path, message: str) -> str:
     foreign = "Unsupported operand" in message
     if foreign and (name := _first_global(path)):
         return f"{path} is refused: it is no file that torch.save writes, and asks for '{name}' first. {advice}"
-    # torch's own advice, before and after the reason, is to allow running code.
-    reason = message.partition("WeightsUnpickler error:")[2] or message.partition("In PyTorch 2.6")[0]
-    reason = reason.strip().splitlines()[0].strip()
+    reason = reason_of(error)
     # The number of an opcode, or nothing that says more: bytes of something else.
     if foreign or reason.isdigit():
         with path.open("rb") as file:

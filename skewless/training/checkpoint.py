@@ -53,7 +53,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except ChecksumError as error:
         raise CheckpointError(str(error)) from error
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
-        raise CheckpointError(f"{path} is not a checkpoint that loads without running code: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint that loads without running code: {reason_of(error)}"
+        ) from error
     missing = [k for k in _KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
     wrong = [k for k in _KEYS if not missing and not isinstance(checkpoint[k], _KINDS.get(k, Mapping))]
     if missing:
@@ -74,6 +76,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if fingerprint != checkpoint["pipeline_fingerprint"]:
         raise CheckpointError(f"{path}: its pipeline does not have the fingerprint it records; the file was edited")
     return checkpoint
+
+
+def reason_of(error: Exception) -> str:
+    """Why torch.load refused a file, in one line: its own advice, before and after that, is to allow running code."""
+    message = str(error) or type(error).__name__
+    reason = message.partition("WeightsUnpickler error:")[2] or message.partition("In PyTorch 2.6")[0]
+    return (reason.strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def trained(definition: Definition, checkpoint: dict[str, Any]) -> Definition:
