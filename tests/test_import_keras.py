@@ -376,6 +376,16 @@ def test_reversing_channels_by_a_step_is_read(base, empty):
     assert graph(model, empty).stages == (CAFFE,)
 
 
+@pytest.mark.parametrize("name", ["MobileNet", "MobileNetV2", "EfficientNetB0", "DenseNet121"])
+def test_another_network_is_said_to_be_one(empty, name: str):
+    model = getattr(applications, name)(weights=None, include_top=False, input_shape=(64, 64, 3))
+    family = name.removesuffix("B0").removesuffix("121")
+    with pytest.raises(
+        ImportFileError, match=f"this is a {family}, and the archive's network is keras_resnet50: choose"
+    ):
+        graph(model, empty)
+
+
 def test_a_layer_that_the_pipeline_replaces_can_be_named(base, empty):
     model = with_front(base, lambda x: layers.Lambda(applications.resnet.preprocess_input, name="pre")(x))
     found = graph(model, empty, "pre")
@@ -798,8 +808,10 @@ def test_what_cannot_be_imported_is_an_error_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["keras", "h5"])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [*(("keras", kind) for kind in KINDS), *(("h5", kind) for kind in ("all 0.5", "variance -1", "one NaN"))],
+)
 def test_degenerate_weights_are_refused(plain: dict, empty, tmp_path: Path, form: str, kind: str):
     weights = degenerate(kind, trained().state_dict(), "predictions")
     path = skeleton_of(plain, empty, tmp_path / "model.h5", weights)
