@@ -7,6 +7,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from skewless.core.git_lfs import pointer
+
 
 @contextlib.contextmanager
 def csv_rows(path: str | Path, refusal: type[ValueError]) -> Iterator[csv.DictReader[str]]:
@@ -15,6 +17,9 @@ def csv_rows(path: str | Path, refusal: type[ValueError]) -> Iterator[csv.DictRe
     Raises `refusal` for text that is not UTF-8, and for what Python's csv does not read, such as a NUL or an open quote with
     128 KiB behind it.
     """
+    with open(path, "rb") as start:
+        if lfs := pointer(start.read(1024)):
+            raise refusal(f"{path}: {lfs}")
     try:
         # A byte-order mark is what spreadsheets write.
         with open(path, newline="", encoding="utf-8-sig") as file:

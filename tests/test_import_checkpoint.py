@@ -543,7 +543,7 @@ def imported(file: Path, out: Path, pipeline: Path | None = COUGH / "pipeline.ya
         ("replaced", "--replaced is for layers of a Keras model"),
         ("accepted", "layer attn is to be accepted, but does not look untrained; none does"),
         ("to compare with", "decode_pydub, which exists to compare with and cannot be served"),
-        ("damaged", "is not a checkpoint that loads without running code"),
+        ("damaged", "old.pth is text, starting with 'not a checkpoint': give the file that has the weights. Expected"),
         ("another zip", "is a zip with readme.txt; expected what torch.save wrote"),
     ],
 )

@@ -21,6 +21,7 @@ from skewless.scaffold import create
 from skewless.training.checkpoint import CheckpointError, file_digest, load_checkpoint, network_of
 from skewless.training.untrained import UntrainedError
 from tests import recordings
+from tests.degenerate import KINDS, degenerate
 from tests.recordings import one_thread  # noqa: F401
 
 RECORDING = recordings.wav(recordings.coughs(16000, 3.0), 16000)
@@ -103,6 +104,16 @@ def test_another_file_than_the_imported_one_is_refused(folder: Path, exported: P
         service_of(Definition.read(folder), checkpoint, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_degenerate_weights_are_refused(folder: Path, kind: str):
+    network = trained()
+    network.load_state_dict(degenerate(kind, network.state_dict(), "dense"))
+    export(network, folder / "model.pt2")
+    with pytest.raises(CheckpointError, match=KINDS[kind][1]):
+        imported(folder, folder / "model.pt2")
+    assert not (folder.parent / "run").exists()
+
+
 def test_an_untrained_export_is_refused(folder: Path):
     network = trained()
     network.body[1].reset_running_stats()
@@ -147,7 +158,7 @@ def test_formats_are_told_apart_by_content(tmp_path: Path, exported: Path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(member, "")
         assert format_of(path) == "keras"
-    path.write_bytes(b"")
+    path.write_bytes(b"\x80\x02 of a pickle")
     assert format_of(path) == "pytorch"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "")

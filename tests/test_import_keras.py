@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ from skewless.importers.errors import ImportFileError
 from skewless.importers.keras_file import read_keras
 from skewless.importers.keras_graph import ONLY_IN_TRAINING, Graph, groups, read_graph
 from skewless.importers.run import ImportRequest, import_file
-from skewless.training.checkpoint import file_digest, load_checkpoint, network_of
+from skewless.training.checkpoint import CheckpointError, file_digest, load_checkpoint, network_of
 from skewless.training.untrained import UntrainedError, require_trained
 from tests.conftest import ROOT, run_skewless
+from tests.degenerate import KINDS, degenerate
 from tests.keras_on_torch import keras
 from tests.recordings import one_thread  # noqa: F401
 from tests.test_portrait import encoded, picture
@@ -394,6 +395,16 @@ def test_reversing_channels_by_a_step_is_read(base, empty):
     assert graph(model, empty).stages == (CAFFE,)
 
 
+@pytest.mark.parametrize("name", ["MobileNet", "MobileNetV2", "EfficientNetB0", "DenseNet121"])
+def test_another_network_is_said_to_be_one(empty, name: str):
+    model = getattr(applications, name)(weights=None, include_top=False, input_shape=(64, 64, 3))
+    family = name.removesuffix("B0").removesuffix("121")
+    with pytest.raises(
+        ImportFileError, match=f"this is a {family}, and the archive's network is keras_resnet50: choose"
+    ):
+        graph(model, empty)
+
+
 def test_a_layer_that_the_pipeline_replaces_can_be_named(base, empty):
     model = with_front(base, lambda x: layers.Lambda(applications.resnet.preprocess_input, name="pre")(x))
     found = graph(model, empty, "pre")
@@ -546,23 +557,30 @@ def plain(base: keras.Model) -> dict:
     return json.loads(with_front(base, lambda x: layers.RandomFlip()(x)).to_json())
 
 
-def skeleton_of(config: dict, network: KerasResNet50, path: Path) -> Path:
-    """A model's weights as Keras lays them out, all 0.5 and none of them stored: a small file."""
-    heads = iter((network.dense, network.predictions))
+def skeleton_of(
+    config: dict, network: KerasResNet50, path: Path, weights: Mapping[str, torch.Tensor] | None = None
+) -> Path:
+    """A model's weights as Keras lays them out; None: all 0.5 and none of them stored, a small file."""
+    heads = iter(("dense", "predictions"))
     with h5py.File(path, "w") as root:
         for place, layer in groups(config):
-            module = next(heads) if layer.kind == "Dense" else getattr(network, layer.name, None)
+            ours = next(heads) if layer.kind == "Dense" else layer.name
+            module = getattr(network, ours, None)
             if module is None:
                 continue
-            shapes = [tuple(p.shape) for p in module.parameters()]
+            values = [p if weights is None else weights[f"{ours}.{name}"] for name, p in module.named_parameters()]
             if layer.kind == "BatchNormalization":
-                shapes *= 2
+                statistics = ("running_mean", "running_var")
+                values += values if weights is None else [weights[f"{ours}.{name}"] for name in statistics]
             else:
-                shapes[0] = tuple(shapes[0][i] for i in ((2, 3, 1, 0) if len(shapes[0]) == 4 else (1, 0)))
+                values[0] = values[0].permute((2, 3, 1, 0) if values[0].ndim == 4 else (1, 0))
             variables = root.create_group(place).create_group("vars")
             variables.attrs["name"] = layer.name
-            for number, shape in enumerate(shapes):
-                variables.create_dataset(str(number), shape, "f4", chunks=True, fillvalue=0.5)
+            for number, value in enumerate(values):
+                if weights is None:
+                    variables.create_dataset(str(number), value.shape, "f4", chunks=True, fillvalue=0.5)
+                else:
+                    variables[str(number)] = value.detach().numpy()
     return path
 
 
@@ -648,8 +666,8 @@ def test_weights_that_do_not_fit_or_lie_elsewhere_are_refused(skeleton: Path, em
         read_keras(skeleton, empty)
 
 
-def zipped(path: Path, members: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+def zipped(path: Path, members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
     return path
@@ -815,10 +833,12 @@ def with_nan(root: h5py.File) -> None:
 def model_file(base, empty, folder: Path, front: Callable, change: Callable) -> Path:
     """A `.keras` file with something in front of the network, and with changed weights."""
     model = with_front(base, front).to_json()
-    weights = skeleton_of(json.loads(model), empty, folder / "weights.h5")
+    weights = skeleton_of(json.loads(model), empty, folder / "weights.h5", trained().state_dict())
     with h5py.File(weights, "r+") as root:
         change(root)
-    return zipped(folder / "model.keras", {"config.json": model.encode(), "model.weights.h5": weights.read_bytes()})
+    members = {"config.json": model.encode(), "model.weights.h5": weights.read_bytes()}
+    weights.unlink()
+    return zipped(folder / "model.keras", members, zipfile.ZIP_STORED)
 
 
 @pytest.mark.parametrize(
@@ -840,6 +860,22 @@ def test_what_cannot_be_imported_is_an_error_and_leaves_nothing(
         import_file(ImportRequest(archive, path, tmp_path / "run" / "best.pth", classes=DEFINITION.classes))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [*(("keras", kind) for kind in KINDS), *(("h5", kind) for kind in ("all 0.5", "variance -1", "one NaN"))],
+)
+def test_degenerate_weights_are_refused(plain: dict, empty, tmp_path: Path, form: str, kind: str):
+    weights = degenerate(kind, trained().state_dict(), "predictions")
+    path = skeleton_of(plain, empty, tmp_path / "model.h5", weights)
+    if form == "keras":
+        members = {"config.json": json.dumps(plain).encode(), "model.weights.h5": path.read_bytes()}
+        path = zipped(tmp_path / "model.keras", members, zipfile.ZIP_STORED)
+    with pytest.raises(CheckpointError, match=KINDS[kind][1]):
+        import_file(ImportRequest(ARCHIVE, path, tmp_path / "run" / "best.pth"))
+    assert not (tmp_path / "run").exists()
+    shutil.rmtree(tmp_path)
 
 
 def test_layers_that_are_rightly_so_can_be_named(base, empty, tmp_path: Path):

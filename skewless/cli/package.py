@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 AcceptUntrained = Annotated[
     list[str] | None,
-    typer.Option(metavar="LAYER", help="A layer that looks untrained, and rightly so. May be given several times."),
+    typer.Option(
+        metavar="LAYER",
+        help="A layer that looks untrained, and rightly so, or 'outputs' where they hardly vary. May be given several times.",
+    ),
 ]
 
 

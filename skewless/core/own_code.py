@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from skewless.core.errors import DefinitionError
+from skewless.core.git_lfs import pointer
 
 T = TypeVar("T")
 
@@ -81,7 +82,10 @@ class OwnCode:
             return
         names.add(name)
         try:
-            parsed = ast.parse(path.read_bytes())
+            source = path.read_bytes()
+            if lfs := pointer(source):
+                raise OwnCodeError(f"{name}: {lfs}")
+            parsed = ast.parse(source)
         except SyntaxError as error:
             raise OwnCodeError(f"{name} does not import: SyntaxError: {error}") from error
         for node in ast.walk(parsed):

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from skewless.core.errors import DefinitionError
+from skewless.core.git_lfs import pointer
 
 MAX_BYTES = 2**20
 MAX_VALUES = 2**17
@@ -28,6 +29,8 @@ def read_yaml(path: Path) -> Any:
 
 def parse_yaml(data: bytes) -> Any:
     """As `read_yaml`, of a file's bytes."""
+    if lfs := pointer(data):
+        raise DefinitionError(lfs)
     if len(data) > MAX_BYTES:
         raise DefinitionError(f"it has more than {MAX_BYTES:,} bytes, which no definition needs")
     try:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from skewless.core.definition import Definition
+from skewless.core.git_lfs import pointer
 from skewless.core.postprocess import Part
 from skewless.core.runtimes import RuntimeSettings, runtime_settings
 from skewless.core.runtimes.eager import EagerRuntime
@@ -66,7 +67,7 @@ def predict(
         try:
             (scored,) = service.score([payload])
         except InputError as error:
-            failures[recording.file_path] = str(error)
+            failures[recording.file_path] = pointer(payload) or str(error)
             continue
         digest = hashlib.sha256(payload).hexdigest()
         predictions.append(Prediction(recording, digest, scored.scores, scored.parts))

@@ -15,6 +15,9 @@ from skewless.core.networks import NETWORKS
 from skewless.importers.errors import ImportFileError
 from skewless.importers.imported_file import ImportedFile
 from skewless.importers.safetensors_file import is_safetensors, read_safetensors
+from skewless.importers.torchvision_names import rename as rename_torchvision
+from skewless.training.checksums import ChecksumError, check_members
+from skewless.training.foreign_files import describe
 
 FORMATS = {
     "pytorch": "what torch.save wrote: a checkpoint or a state dict",
@@ -31,16 +34,20 @@ def format_of(path: Path) -> str:
     """One of FORMATS; the file's name plays no part.
 
     What is neither HDF5, safetensors nor a zip is taken for PyTorch's, whose old files have no mark of their own.
-    Raises ImportFileError for a file that is not there, and for a zip that none of these programs wrote.
+    Raises ImportFileError for a file that is not there, for one of another kind, saying of which, and for a zip that none of
+    these programs wrote.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ImportFileError(f"there is no file {path}")
-    with path.open("rb") as file:
-        start = file.read(9)
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(9)
+        if is_safetensors(start):
+            return "safetensors"
+    if foreign := describe(path):
+        raise ImportFileError(f"{path} {foreign}. Expected is {', or '.join(FORMATS.values())}")
     if start.startswith(b"\x89HDF\r\n\x1a\n"):
         return "keras"
-    if is_safetensors(start):
-        return "safetensors"
     if not start.startswith(b"PK\x03\x04"):
         return "pytorch"
     try:
@@ -66,6 +73,15 @@ def read(path: Path, format: str, definition: Definition, replaced: Collection[s
 
     replaced: for Keras, names of layers before the network of which the caller knows that the pipeline does their work.
     """
+    try:
+        unchecked = check_members(path)
+    except ChecksumError as error:
+        raise ImportFileError(str(error)) from error
+    file = _read(path, format, definition, replaced)
+    return replace(file, notes=(*file.notes, unchecked)) if unchecked and not file.checksums else file
+
+
+def _read(path: Path, format: str, definition: Definition, replaced: Collection[str]) -> ImportedFile:
     if format == "exported":
         from skewless.importers.exported import read_exported
 
@@ -103,6 +119,8 @@ def read(path: Path, format: str, definition: Definition, replaced: Collection[s
         from skewless.importers.fastai import weights_for
 
         file = replace(file, weights=weights_for(definition, file.weights))
+    if network == "torchvision":
+        file = replace(file, weights=rename_torchvision(file.weights, definition.build_network().state_dict()))
     return replace(file, notes=(*file.notes, *_halved(file)))
 
 

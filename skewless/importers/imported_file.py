@@ -18,6 +18,7 @@ class ImportedFile:
     epoch, val_auc: of the training, None where the file has none. config: the training script's settings.
     stages: what the model itself does to its input, as stages of a pipeline.
     notes: what was left out, and what the file does not say.
+    checksums: whether every weight was read against a checksum in the file, beside that of a zip's members.
     """
 
     format: str
@@ -28,3 +29,4 @@ class ImportedFile:
     config: Mapping[str, Any] = field(default_factory=dict)
     stages: tuple[dict[str, dict[str, Any]], ...] = ()
     notes: tuple[str, ...] = ()
+    checksums: bool = False

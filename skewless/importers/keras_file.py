@@ -31,7 +31,7 @@ from torch import nn
 from skewless.importers.errors import ImportFileError
 from skewless.importers.imported_file import ImportedFile
 from skewless.importers.inflated import read_member
-from skewless.importers.keras_graph import groups, read_graph
+from skewless.importers.keras_graph import check_resnet50, groups, read_graph
 from skewless.training.checkpoint import file_digest
 
 _MAX_WEIGHTS = 2**31  # bytes; ResNet-50 with an optimizer's two copies in float64 is a third of that
@@ -82,13 +82,15 @@ class SavedModel:
     """A file that Keras wrote, while it is open.
 
     config: the model's, None in a file of weights alone. layers: those with variables, in the model's order where the file
-    lists it, else those of one class in the model's order; without random generators. notes: what was left out. version: of Keras, empty where it is not said.
+    lists it, else those of one class in the model's order; without random generators. notes: what was left out. version: of Keras, empty where it
+    is not said. checksums: whether every variable is read against one in the file.
     """
 
     config: Mapping[str, Any] | None
     layers: list[Stored]
     notes: list[str]
     version: str
+    checksums: bool
 
 
 def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] = ()) -> ImportedFile:
@@ -102,6 +104,7 @@ def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] =
     """
     with opened(path) as saved:
         graph = None if saved.config is None else read_graph(saved.config, network, replaced)
+        check_resnet50([layer.name for layer in saved.layers])
         heads = list(graph.dense if graph else [layer.name for layer in saved.layers if layer.kernel.ndim == 2])
         if len(heads) != 2:
             raise ImportFileError(
@@ -120,7 +123,9 @@ def read_keras(path: str | Path, network: nn.Module, replaced: Collection[str] =
     if saved.version:
         notes.append(f"written by Keras {saved.version}")
     stages = graph.stages if graph else ()
-    return ImportedFile("keras", file_digest(path), weights, stages=stages, notes=tuple(notes))
+    return ImportedFile(
+        "keras", file_digest(path), weights, stages=stages, notes=tuple(notes), checksums=saved.checksums
+    )
 
 
 @contextmanager
@@ -204,7 +209,9 @@ def _saved_model(root: h5py.File, config: Any, version: str) -> SavedModel:
         notes.append(f"left out, the state of random generators: {', '.join(generators)}")
     if any(name in root for name in ("optimizer", "optimizer_weights")):
         notes.append("left out: the optimizer's state")
-    return SavedModel(config, [s for s in stored if s.name not in generators], notes, version)
+    kept = [s for s in stored if s.name not in generators]
+    checked = all(dataset.fletcher32 for layer in kept for dataset in layer.variables.values())
+    return SavedModel(config, kept, notes, version, checked)
 
 
 def _by_variable(top: h5py.Group) -> Iterator[Stored]:
@@ -324,7 +331,14 @@ def _read_weight(dataset: h5py.Dataset, shape: torch.Size) -> torch.Tensor | Non
     order = {4: (3, 2, 0, 1), 2: (1, 0)}.get(len(shape), (0,))
     if dataset.dtype.kind != "f" or dataset.ndim != len(shape) or tuple(dataset.shape[i] for i in order) != shape:
         return None
-    values = dataset[()]
+    try:
+        values = dataset[()]
+    except OSError as error:
+        if not dataset.fletcher32:
+            raise
+        raise ImportFileError(
+            f"{dataset.name} does not match its checksum: the file is damaged; copy it again"
+        ) from error
     return torch.from_numpy(values.astype(values.dtype.newbyteorder("="))).permute(order).contiguous()
 
 
@@ -339,8 +353,8 @@ def _dataset(parent: h5py.Group, path: str) -> h5py.Dataset:
     found = _inside(parent, path)
     if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
         raise ImportFileError(f"its {parent.name}/{path} is no array that lies in the file itself")
-    # HDF5 inflates to the end of a stream, however many bytes the array has.
-    if found.id.get_create_plist().get_nfilters():
+    # HDF5 inflates to the end of a stream, however many bytes the array has. A checksum inflates nothing.
+    if found.id.get_create_plist().get_nfilters() > found.fletcher32:
         raise ImportFileError(
             f"its {parent.name}/{path} is compressed ({found.compression or 'by a filter'}), expected {found.nbytes:,} bytes as "
             "Keras stores them; save the model again with Keras"

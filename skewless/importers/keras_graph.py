@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from skewless.importers.architecture import keras_application
 from skewless.importers.errors import ImportFileError
 
 # Layers that hand their input on unchanged outside training. RandomCrop is none: it then crops the centre.
@@ -70,6 +71,16 @@ def read_graph(model: Mapping[str, Any], network: nn.Module, replaced: Collectio
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, ZeroDivisionError) as error:
         raise ImportFileError(f"the model's configuration is not one that Keras writes: {error!r}") from error
+
+
+def check_resnet50(names: Collection[str]) -> None:
+    """Raise ImportFileError where these are the layers of another network of keras.applications."""
+    found = keras_application(names)
+    if found not in ("", "ResNet50"):
+        raise ImportFileError(
+            f"this is a {found}, and the archive's network is keras_resnet50: choose another archive, or load the model in Keras "
+            "with its torch backend, save it with torch.export.save and write `network: {exported: model.pt2}` into model.yaml"
+        )
 
 
 def layers(model: Mapping[str, Any]) -> list[Layer]:
@@ -141,6 +152,7 @@ def _without_inputs(value: Any, inputs: list[str]) -> Any:
 
 
 def _read(model: Mapping[str, Any], network: nn.Module, replaced: Collection[str]) -> Graph:
+    check_resnet50([layer.name for layer in _walk(model)])
     front = _Front(replaced)
     image, arrived = front.through(model, tuple((channel, 1.0, 0.0) for channel in range(3)))
     if not arrived:

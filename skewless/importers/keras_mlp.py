@@ -77,7 +77,7 @@ def read_keras_mlp(path: str | Path, network: MLP) -> ImportedFile:
     )
     if saved.version:
         notes.append(f"written by Keras {saved.version}")
-    return ImportedFile("keras", file_digest(path), weights, notes=tuple(notes))
+    return ImportedFile("keras", file_digest(path), weights, notes=tuple(notes), checksums=saved.checksums)
 
 
 def shape_of(path: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from skewless.importers.errors import ImportFileError
 from skewless.importers.imported_file import ImportedFile
 from skewless.importers.inflated import check_sizes, read_member
-from skewless.training.checkpoint import file_digest
+from skewless.training.checkpoint import file_digest, reason_of
 
 # Added by nn.DataParallel and by torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
@@ -64,10 +65,11 @@ def read_pytorch(path: str | Path) -> ImportedFile:
         raise ImportFileError(f"there is no file {path}")
     _check_sizes(Path(path))
     try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        # torch warns of pickles and tensors that are refused anyway.
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
-        raise ImportFileError(_why_unreadable(Path(path), str(error) or type(error).__name__)) from error
+        raise ImportFileError(_why_unreadable(Path(path), error)) from error
     if not isinstance(content, Mapping):
         raise ImportFileError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
     if "pipeline_fingerprint" in content:
@@ -103,21 +105,31 @@ def _check_sizes(path: Path) -> None:
         ) from error
 
 
-def _why_unreadable(path: Path, message: str) -> str:
+def _why_unreadable(path: Path, error: Exception) -> str:
+    message = str(error)
     advice = (
         "Nothing of it ran. Where it was written, save plain values instead: "
         'torch.save({"model_state_dict": model.state_dict(), "config": vars(config), "epoch": ..., "val_auc": ...}, ...)'
     )
     named = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", message)
+    if named and _is_whole_model(path):
+        return (
+            f"{path} is a whole model, saved with torch.save(model): reading it would import and run its classes, first "
+            f"'{named[1]}'. Nothing of it ran. Where it was written, load it and save its weights alone: "
+            "torch.save(model.state_dict(), ...)"
+        )
     if named:
         return f"{path} is refused: reading it would import and run '{named[1]}'. {advice}"
     # A pickle of another protocol, which torch does not look into.
     foreign = "Unsupported operand" in message
     if foreign and (name := _first_global(path)):
         return f"{path} is refused: it is no file that torch.save writes, and asks for '{name}' first. {advice}"
-    # torch's own advice, before and after the reason, is to allow running code.
-    reason = message.partition("WeightsUnpickler error:")[2] or message.partition("In PyTorch 2.6")[0]
-    reason = "torch.save did not write it" if foreign else reason.strip().splitlines()[0].strip()
+    reason = reason_of(error)
+    # The number of an opcode, or nothing that says more: bytes of something else.
+    if foreign or reason.isdigit():
+        with path.open("rb") as file:
+            start = file.read(8).hex(" ")
+        reason = f"torch.save did not write it; it starts with the bytes {start}, which are of no format known here"
     return f"{path} is not a checkpoint that loads without running code: {reason}"
 
 
@@ -135,15 +147,28 @@ class _Asking(pickle.Unpickler):
         return None
 
 
+def _pickled(path: Path) -> bytes:
+    """A file, or of a zip the pickle in it."""
+    if not zipfile.is_zipfile(path):
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        pickles = [member for member in archive.infolist() if member.filename.endswith("/data.pkl")]
+        return b"".join(read_member(archive, member, _MAX_PICKLE) for member in pickles)
+
+
+def _is_whole_model(path: Path) -> bool:
+    """Whether a pickle names what every nn.Module keeps, and a state dict does not have."""
+    try:
+        data = _pickled(path)
+    except Exception:  # damaged bytes raise anything; the file is refused either way
+        return False
+    return all(name in data for name in (b"_parameters", b"_buffers", b"_modules", b"_forward_hooks"))
+
+
 def _first_global(path: Path) -> str:
     """The first global of a pickle, or of the pickle in a zip; empty when it breaks off before."""
     try:
-        data = path.read_bytes()
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                pickles = [member for member in archive.infolist() if member.filename.endswith("/data.pkl")]
-                data = b"".join(read_member(archive, member, _MAX_PICKLE) for member in pickles)
-        _Asking(io.BytesIO(data)).load()
+        _Asking(io.BytesIO(_pickled(path))).load()
     except _Asked as asked:
         return str(asked)
     except Exception:  # damaged bytes raise anything; the file is refused either way

@@ -22,6 +22,7 @@ from skewless.importers.evidence import Comparison, compare, judge, read_predict
 from skewless.importers.formats import WEIGHTS_ALONE, format_of, read
 from skewless.importers.scaler import read_scaler, with_scaler
 from skewless.importers.weights import network_from
+from skewless.packaging.probes import network_inputs
 from skewless.training.manifest import read_manifest, select
 from skewless.training.untrained import require_trained
 
@@ -38,7 +39,7 @@ class ImportRequest:
     classes: the archive's classes, in the order of the file's outputs; to be given where the file does not say it.
     replaced: of a Keras model, the layers before the network that the pipeline does the work of.
     scaler: scikit-learn's StandardScaler in a file, for a pipeline whose standard_scaler has no statistics yet.
-    accept_untrained: layers that look untrained and are rightly so.
+    accept_untrained: layers, or "outputs", that look untrained and are rightly so.
     manifest, root, split, predictions, variants: recordings to compare pipelines on; the folder their paths are relative
         to (None: the manifest's), the part of the manifest, a CSV with probabilities as recorded after training, and a
         folder of pipelines (None: the archive's variants/). device: where the network runs for that.
@@ -150,8 +151,9 @@ def import_file(request: ImportRequest) -> ImportResult:
     file = read(request.file, format, definition, request.replaced)
     agreed = check_config(file.config, definition)
     check_stages(definition.pipeline, file.stages)
-    network = definition.build_network() if definition.network_files else network_from(file.weights, definition)
-    notes = [*file.notes, *said, *require_trained(network, request.accept_untrained), _NO_PROOF]
+    network = network_from(file.weights, definition)
+    inputs = list(network_inputs(definition.pipeline))
+    notes = [*file.notes, *said, *require_trained(network, request.accept_untrained, inputs=inputs), _NO_PROOF]
     if format == "keras" and "decode_image" in definition.pipeline.stages:
         notes += loader_notes(definition.pipeline, _candidates(request, path, definition))
     classes = said_classes(request.classes, file.config, definition)

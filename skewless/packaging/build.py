@@ -35,6 +35,7 @@ from skewless.packaging.bill_of_materials import bill_of_materials
 from skewless.packaging.decision_exact import DecisionExact, summary
 from skewless.packaging.execution import Execution
 from skewless.packaging.model_card import model_card
+from skewless.packaging.probes import network_inputs
 from skewless.packaging.references import Choice, check_evaluated, stage_references
 from skewless.packaging.reservation import reserved
 from skewless.packaging.signing import SigningKey, sign_folder
@@ -80,7 +81,7 @@ def build_archive(
     execution: the runtime, when not the one that model.yaml names.
     decision_exact: a fast network to ask before that runtime's, which has to be in fp32.
     references: the recordings that travel in the archive, as skewless.packaging.references.Choice describes.
-    accept_untrained: layers that look untrained and are rightly so, beside those that the checkpoint records.
+    accept_untrained: layers, or "outputs", that look untrained and are rightly so, beside those that the checkpoint records.
     key: to sign the archive with.
     Raises BuildError, CheckpointError or PipelineError, and then leaves nothing behind: for a checkpoint trained with
     another pipeline, weights that do not fit, an evaluation of another checkpoint or one that did not reproduce its training,
@@ -111,7 +112,8 @@ def build_archive(
     measured = evaluated(evaluation, checkpoint_path)
     recorded = checkpoint.get("accepted_untrained", [])
     _check_reproduced(checkpoint, measured, evaluation)
-    _check_trained(network, measured, accept_untrained, recorded)
+    inputs = list(network_inputs(pipeline))
+    _check_trained(network, measured, accept_untrained, recorded, inputs)
     metrics = {
         "model_name": name,
         "model_version": version,
@@ -331,10 +333,14 @@ def _check_reproduced(checkpoint: dict[str, Any], measured: dict[str, Any], eval
 
 
 def _check_trained(
-    network: nn.Module, measured: dict[str, Any], accepted: Collection[str], recorded: list[str]
+    network: nn.Module,
+    measured: dict[str, Any],
+    accepted: Collection[str],
+    recorded: list[str],
+    inputs: list[torch.Tensor],
 ) -> None:
     try:
-        require_trained(network, accepted, recorded)
+        require_trained(network, accepted, recorded, inputs)
     except UntrainedError as error:
         raise BuildError(str(error)) from error
     if not measured["auc"] > 0.5:

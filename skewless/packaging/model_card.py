@@ -78,6 +78,7 @@ def model_card(metrics: Mapping[str, Any], reads: str) -> str:
         + (f"; {evaluation['skipped']} more could not be read." if evaluation["skipped"] else "."),
         *("", "| figure | value |", "|---|---|", *rows, ""),
         _proof(evaluation),
+        *_accepted(metrics["accepted_untrained"]),
         *("", "## What is served", ""),
         f"- Executed by `{runtime['name']}` in {runtime['precision']}, tier *{tier}*.",
         f"- Preprocessing: the pipeline `{metrics['pipeline_fingerprint']}`.",
@@ -101,6 +102,15 @@ _CHOSEN = {"val": "the validation split", "the definition": "no data: the defini
 
 def _or(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(f"*{name}*" for name in names[:-1]), f"*{names[-1]}*"]))
+
+
+def _accepted(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        "",
+        f"Accepted by whoever imported or built it, although they look untrained: {', '.join(map('`{}`'.format, names))}.",
+    ]
 
 
 def _proof(evaluation: Mapping[str, Any]) -> str:

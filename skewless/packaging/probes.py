@@ -4,6 +4,7 @@ filter's response, clipped noise where a filter overshoots."""
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from typing import Unpack
 
@@ -46,34 +47,47 @@ def try_probes(pipeline: Pipeline, **limits: Unpack[InputLimits]) -> tuple[dict[
     would be the server's fault, not its sender's.
     """
     taken, refused = {}, {}
+    for name, payload, found in _tried(pipeline, **limits):
+        if isinstance(found, torch.Tensor):
+            taken[name] = payload
+        else:
+            refused[name] = found
+    return taken, refused
+
+
+def network_inputs(pipeline: Pipeline) -> Iterator[torch.Tensor]:
+    """What the pipeline gives for each probe that it accepts, `(S, ...)`, computed as it is asked for; a row of zeros, `(1, ...)`,
+    where a probe is shorter than a window, so that there is always an input of the network's shape. A picture below its
+    smallest size, for one, it refuses.
+
+    Raises PipelineError as `try_probes` does.
+    """
+    for _, _, rows in _tried(pipeline):
+        if isinstance(rows, torch.Tensor):
+            yield rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
+
+
+def _tried(pipeline: Pipeline, **limits: Unpack[InputLimits]) -> Iterator[tuple[str, bytes, torch.Tensor | str]]:
+    """Each probe's name and bytes, and what the pipeline gives for it or why it refuses it."""
     for name, payload in probes(pipeline.reads).items():
         try:
-            data = pipeline.run(payload, **limits).data
+            # What torchaudio remarks on a filterbank is for whoever writes the pipeline.
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                data = pipeline.run(payload, **limits).data
         except InputError as error:
-            refused[name] = str(error)
+            yield name, payload, str(error)
         except Exception as error:  # whatever a stage of one's own raises
             what = "a stereo recording" if name == _STEREO else "such a file"
             raise PipelineError(
                 f"pipeline '{pipeline.name}' cannot take {what}, the probe {name}: {str(error) or type(error).__name__}"
             ) from error
         else:
-            if all_finite(data):
-                taken[name] = payload
-            else:
-                refused[name] = "what the network would take of it has values that are NaN or infinite"
-    return taken, refused
-
-
-def network_inputs(pipeline: Pipeline) -> Iterator[torch.Tensor]:
-    """What the pipeline gives for each probe that it accepts, `(S, ...)`, computed as it is asked for; a row of zeros, `(1, ...)`,
-    where a probe is shorter than a window, so that there is always an input of the network's shape."""
-    for payload in probes(pipeline.reads).values():
-        try:
-            rows = pipeline(payload)
-        except InputError:
-            # Such as a picture below the pipeline's smallest size.
-            continue
-        yield rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
+            finite = all_finite(data)
+            yield (
+                name,
+                payload,
+                data if finite else "what the network would take of it has values that are NaN or infinite",
+            )
 
 
 def recordings() -> dict[str, bytes]:

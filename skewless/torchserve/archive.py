@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, cast
 
 from skewless.core.errors import DefinitionError
+from skewless.core.git_lfs import pointer
 from skewless.core.yaml_file import MAX_BYTES, parse_yaml
 from skewless.errors import UsageError
 
@@ -53,6 +54,13 @@ class Archive:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._left = MAX_READ_BYTES
+        try:
+            with self.path.open("rb") as file:
+                lfs = pointer(file.read(1024))
+        except OSError:
+            lfs = ""
+        if lfs:
+            raise UsageError(f"{path}: {lfs}")
         try:
             self._zip = zipfile.ZipFile(path)
         except FileNotFoundError:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from skewless.core import stages
 from skewless.core.files import atomic
+from skewless.core.git_lfs import pointer
 from skewless.core.pipeline import Pipeline
 from skewless.core.stages import InputError, Signal
 from skewless.core.versions import library_versions
@@ -76,10 +77,11 @@ class StageCache:
         """
         entries, failures = [], {}
         for recording in tqdm(list(recordings), desc="preprocessing", unit="file"):
+            payload = recording.path.read_bytes()
             try:
-                entries.append(Entry(recording, self._entry(recording.path.read_bytes())))
+                entries.append(Entry(recording, self._entry(payload)))
             except InputError as error:
-                failures[recording.file_path] = str(error)
+                failures[recording.file_path] = pointer(payload) or str(error)
         report_unreadable(failures, skip_unreadable)
         return entries
 

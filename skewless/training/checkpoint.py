@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from skewless.core.definition import Definition
 from skewless.core.files import atomic
 from skewless.core.networks import Network
 from skewless.core.pipeline import Pipeline, fingerprint_of
+from skewless.training.checksums import ChecksumError, check_members
+from skewless.training.foreign_files import describe
 
 _KEYS = (
     *("epoch", "model_state_dict", "pipeline", "pipeline_fingerprint", "network", "postprocess", "code", "history"),
@@ -37,12 +40,22 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU without unpickling code; raises CheckpointError saying what is wrong with it."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    if foreign := describe(path):
+        raise CheckpointError(f"{path} {foreign}. Expected is what `skewless train` or `skewless import` wrote")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {path}") from error
+        check_members(path)
+        # torch warns of pickles and tensors that are refused anyway.
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except ChecksumError as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # torch.load raises whatever its unpickler or zip reader does
-        raise CheckpointError(f"{path} is not a checkpoint that loads without running code: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint that loads without running code: {reason_of(error)}"
+        ) from error
     missing = [k for k in _KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
     wrong = [k for k in _KEYS if not missing and not isinstance(checkpoint[k], _KINDS.get(k, Mapping))]
     if missing:
@@ -63,6 +76,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if fingerprint != checkpoint["pipeline_fingerprint"]:
         raise CheckpointError(f"{path}: its pipeline does not have the fingerprint it records; the file was edited")
     return checkpoint
+
+
+def reason_of(error: Exception) -> str:
+    """Why torch.load refused a file, in one line: its own advice, before and after that, is to allow running code."""
+    message = str(error) or type(error).__name__
+    reason = message.partition("WeightsUnpickler error:")[2] or message.partition("In PyTorch 2.6")[0]
+    return (reason.strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def trained(definition: Definition, checkpoint: dict[str, Any]) -> Definition:
@@ -104,27 +124,57 @@ def trained(definition: Definition, checkpoint: dict[str, Any]) -> Definition:
     return fitted
 
 
+class UnfitWeightsError(CheckpointError):
+    """Weights of another network: keys are missing, unexpected or of another shape."""
+
+
 def network_of(checkpoint: dict[str, Any], definition: Definition) -> Network:
     """The definition's network with the checkpoint's weights, in eval mode.
 
-    Raises CheckpointError listing missing, unexpected and misshapen keys.
+    Raises UnfitWeightsError listing missing, unexpected and misshapen keys; CheckpointError for values that no trained
+    network has: NaN, infinity, a negative variance.
     """
     network = definition.build_network()
-    if definition.network_files:
-        return network.eval()  # an exported network, which brings its weights
-    weights, expected = checkpoint["model_state_dict"], network.state_dict()
+    # An exported network brings its weights.
+    if not definition.network_files:
+        weights = checkpoint["model_state_dict"]
+        check_fit(weights, network)
+        network.load_state_dict(weights)
+    _check_values(network)
+    return network.eval()
+
+
+def check_fit(weights: Mapping[str, torch.Tensor], network: Network) -> None:
+    """Raise UnfitWeightsError unless the weights have the network's names and shapes."""
+    expected = network.state_dict()
     problems = {
         "missing": sorted(set(expected) - set(weights)),
         "unexpected": sorted(set(weights) - set(expected)),
         "of another shape": sorted(k for k in set(expected) & set(weights) if expected[k].shape != weights[k].shape),
     }
     if any(problems.values()):
-        listed = "; ".join(
-            f"{len(v)} {k} ({', '.join(v[:5])}{', ...' if len(v) > 5 else ''})" for k, v in problems.items() if v
-        )
-        raise CheckpointError(f"the weights do not fit the network: {listed}")
-    network.load_state_dict(weights)
-    return network.eval()
+        listed = "; ".join(f"{len(v)} {k} ({shortened(v)})" for k, v in problems.items() if v)
+        raise UnfitWeightsError(f"the weights do not fit the network: {listed}")
+
+
+def shortened(names: Sequence[str], shown: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{', '.join(names[:shown])}{more}"
+
+
+def _check_values(network: Network) -> None:
+    for name, value in network.state_dict().items():
+        if bad := int((~value.isfinite()).sum()):
+            raise CheckpointError(
+                f"{name} has {bad} of {value.numel()} values that are NaN or infinite: the training diverged, or the file is "
+                "damaged; give weights from before"
+            )
+        if name.endswith("running_var") and (bad := int((value < 0).sum())):
+            raise CheckpointError(
+                f"{name} has {bad} of {value.numel()} values below 0, the lowest {value.min():g}, and no variance is: these "
+                "are not a training's statistics; give the trained model's state_dict()"
+            )
 
 
 def file_digest(path: str | Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
+from skewless.core.git_lfs import pointer
 from skewless.core.networks.network import Network
 from skewless.core.networks.pt2 import AGAIN, MAX_BYTES, ExportedError, cleaned, require, shown
 
@@ -92,7 +93,10 @@ class ExportedNetwork(Network):
             with open(path, "rb") as file:
                 # Not all that it may have at once: Python takes the memory before it reads.
                 size = os.fstat(file.fileno()).st_size
-                checked = cleaned(file.read(min(size, MAX_BYTES) + 1))
+                data = file.read(min(size, MAX_BYTES) + 1)
+            lfs = pointer(data)
+            require(not lfs, lfs)
+            checked = cleaned(data)
             with warnings.catch_warnings(action="ignore", category=UserWarning):
                 # Without torch's warning of weights in bytes that Python takes for constant: nothing else has them.
                 program = load_pt2(checked).exported_programs["model"]
