@@ -16,15 +16,17 @@ import torch
 
 from skewless.adoption import trials as trials_module
 from skewless.adoption.adopt import AdoptRequest, adopt
+from skewless.adoption.folder import write_folder
 from skewless.adoption.recorded import RecordError, part_name, read_recorded
 from skewless.adoption.report import as_text, write_html
 from skewless.adoption.trials import Candidate, single_edits
+from skewless.core.networks.resnet_fastai import ResNetFastai
 from skewless.core.pipeline import Pipeline
 from skewless.errors import UsageError
 from skewless.evaluation.scores import Prediction, predict, service_of
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import ManifestError, read_manifest
-from tests.conftest import run_skewless
+from tests.conftest import ROOT, run_skewless
 from tests.recordings import one_thread  # noqa: F401
 from tests.tiny_model import TinyModel, tiny_model  # noqa: F401
 
@@ -73,7 +75,8 @@ def variant(model: TinyModel, name: str) -> Pipeline:
 
 
 def request(model: TinyModel, weights: Path, folder: Path, **more) -> AdoptRequest:
-    return AdoptRequest(model.archive, weights, folder / "record.csv", folder / "out", **more)
+    said = {"classes": ("tone", "noise")}
+    return AdoptRequest(model.archive, weights, folder / "record.csv", folder / "out", imported=said, **more)
 
 
 def test_the_variant_that_the_service_runs_is_found_packaged_and_proven(
@@ -171,7 +174,16 @@ def test_a_record_of_other_weights_builds_nothing_unless_accepted(
         # In the reverse order, the probabilities are other files'.
         for p, other in zip(predictions, reversed(predictions), strict=True):
             file.write(f"{p.recording.file_path},{other.scores[0]:.6f}\n")
-    options = ("--predictions", tmp_path / "record.csv", "--manifest", manifest, "--out", tmp_path / "out")
+    options = (
+        "--predictions",
+        tmp_path / "record.csv",
+        "--manifest",
+        manifest,
+        "--out",
+        tmp_path / "out",
+        "--classes",
+        "tone,noise",
+    )
     refused = run_skewless("adopt", tiny_model.archive, old_weights, *options, check=False)
     assert refused.returncode == 1
     assert "No pipeline reproduces the 12 recorded numbers of 12 files" in refused.stdout
@@ -221,6 +233,36 @@ def test_edits_are_those_of_the_variants_other_words_and_stages_left_out(tiny_mo
     assert names[0] == "segment: tail drop → pad"
     assert "resample: method sinc_hann → soxr_hq" in names and "mel: mel_scale htk → slaney" in names
     assert "highpass removed" in names and "decode removed" not in names
+    assert "pcm of 16 bits (floor) inserted after resample" in names and not any("after mel" in name for name in names)
+
+
+# The folder of its own.
+
+
+def test_the_folder_has_what_the_weights_and_their_owner_say(tmp_path: Path):
+    weights = ResNetFastai(depth=18, channels=3, classes=4).state_dict()
+    torch.save(weights, tmp_path / "old.pth")
+    definition, changed = write_folder(ROOT / "archive" / "orca", tmp_path / "orca", tmp_path / "old.pth", (), 0.25)
+    assert changed == {"channels": 3, "classes": 4, "threshold": 0.25}
+    ((name, parameters),) = definition.network.items()
+    assert (name, parameters["depth"], parameters["channels"], parameters["classes"]) == ("resnet_fastai", 18, 3, 4)
+    assert definition.postprocessor.threshold == 0.25
+    assert (tmp_path / "orca" / "variants" / "pad_minimum.yaml").is_file()
+
+
+def test_classes_are_put_into_the_order_of_the_outputs_unless_a_yes_would_become_a_no(tmp_path: Path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "old.pth")
+    order = ("human", "avatar", "animal")
+    for archive, classes, written in (
+        ("portrait", order, order),
+        ("talent", ("bad", "good"), ("bad", "good")),
+    ):
+        folder = ROOT / "archive" / archive
+        definition, _ = write_folder(folder, tmp_path / archive, tmp_path / "old.pth", classes, None)
+        assert definition.classes == written
+    for classes in (("good", "poor"), ("good", "bad")):
+        with pytest.raises(UsageError, match="talented is true for good: it would become true for"):
+            write_folder(ROOT / "archive" / "talent", tmp_path / "t", tmp_path / "old.pth", classes, None)
 
 
 # What the service wrote down.
@@ -294,11 +336,25 @@ def test_wrong_use_is_exit_code_2_and_names_the_value(
     manifest: Path,
     tmp_path: Path,
 ):
-    base = ("adopt", tiny_model.archive, old_weights, "--predictions", tmp_path / "no.csv", "--out", tmp_path / "out")
+    (tmp_path / "empty.csv").write_text("file_path,probability\n", encoding="utf-8")
+    base = (
+        "adopt",
+        tiny_model.archive,
+        old_weights,
+        "--classes",
+        "tone,noise",
+        "--out",
+        tmp_path / "out",
+        "--predictions",
+    )
     for more, message in (
-        ((), "either --files, a folder for each class, or --manifest"),
-        (("--files", tmp_path / "none"), "expected a folder that has one for each class: tone, noise"),
-        (("--manifest", manifest), "there is no file"),
+        ((tmp_path / "empty.csv",), "either --files, a folder for each class, or --manifest"),
+        (
+            (tmp_path / "empty.csv", "--files", tmp_path / "none"),
+            "expected a folder that has one for each class: tone, noise",
+        ),
+        ((tmp_path / "no.csv", "--manifest", manifest), "there is no file"),
+        ((tmp_path / "empty.csv", "--manifest", manifest), "empty.csv has no rows"),
     ):
         ended = run_skewless(*base, *more, check=False)
         assert ended.returncode == 2 and message in ended.stderr, ended.stderr

@@ -164,7 +164,9 @@ def fastai() -> Stepped:
 def imported(stepped: Stepped, weights: Weights, folder: Path) -> None:
     named = fastai_names(weights) if stepped.last == "classifier.6" else dict(weights)
     torch.save(named, folder / "old.pth")
-    import_file(ImportRequest(stepped.folder, folder / "old.pth", folder / "new.pth", stepped.folder / "pipeline.yaml"))
+    classes = Definition.read(stepped.folder).classes
+    pipeline = stepped.folder / "pipeline.yaml"
+    import_file(ImportRequest(stepped.folder, folder / "old.pth", folder / "new.pth", pipeline, classes))
 
 
 @pytest.mark.parametrize("names", ["small", "fastai"])
@@ -274,9 +276,8 @@ def test_accepted_outputs_are_recorded(tiny_model: TinyModel, tmp_path: Path):  
     weights = load_checkpoint(tiny_model.checkpoint)["model_state_dict"]
     weights["output.weight"] *= 1e-6
     torch.save(weights, tmp_path / "old.pth")
-    request = ImportRequest(
-        tiny_model.archive, tmp_path / "old.pth", tmp_path / "new.pth", tiny_model.archive / "pipeline.yaml"
-    )
+    pipeline = tiny_model.archive / "pipeline.yaml"
+    request = ImportRequest(tiny_model.archive, tmp_path / "old.pth", tmp_path / "new.pth", pipeline, ("tone", "noise"))
     with pytest.raises(UntrainedError, match="outputs: they hardly depend on the input"):
         import_file(request)
     import_file(replace(request, accept_untrained=["outputs"]))

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from skewless.adoption.folder import write_folder
 from skewless.adoption.recorded import Recorded, read_recorded
 from skewless.adoption.trials import (
     Candidate,
@@ -27,17 +27,18 @@ from skewless.adoption.trials import (
     single_edits,
     spread,
 )
-from skewless.core.definition import MODEL, PIPELINE, Definition
+from skewless.core.definition import PIPELINE, Definition
 from skewless.core.files import atomic
 from skewless.core.pipeline import Pipeline
 from skewless.core.stages import PipelineError
-from skewless.core.yaml_file import read_yaml
 from skewless.errors import BuildError, UsageError
 from skewless.evaluation.evaluate import evaluate
 from skewless.evaluation.scores import service_of
 from skewless.importers.errors import ImportFileError
 from skewless.importers.run import ImportRequest, ImportResult, import_file
 from skewless.packaging.build import build_archive
+from skewless.packaging.execution import Execution
+from skewless.packaging.references import Choice
 from skewless.skew.compare import skew_report
 from skewless.training.checkpoint import load_checkpoint, save_checkpoint
 from skewless.training.manifest import ManifestError, Recording, read_manifest
@@ -62,7 +63,8 @@ class AdoptRequest:
     pipelines: further pipeline files to try. instead: the pipeline to compare serving with; None is the archive's own.
     threshold: that the service decides by, None for the archive's. accept_closest: build even if no pipeline reproduces the
         record.
-    imported: further fields of ImportRequest, such as `replaced`.
+    runtime: what executes the network, None for the archive's. references: which recordings travel in the archive.
+    imported: further fields of ImportRequest, such as `classes`.
     """
 
     archive: Path
@@ -77,6 +79,8 @@ class AdoptRequest:
     threshold: float | None = None
     version: str = "1.0"
     accept_closest: bool = False
+    runtime: str | None = None
+    references: Choice = "evaluation"
     device: str = "cpu"
     imported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -90,9 +94,10 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
     """
     if (request.files is None) == (request.manifest is None):
         raise UsageError("give the labelled files: either --files, a folder for each class, or --manifest")
-    if not request.checkpoint.is_file():
-        raise UsageError(f"there is no file {request.checkpoint}")
-    definition = _own_folder(request)
+    for given in (request.checkpoint, request.predictions):
+        if not given.is_file():
+            raise UsageError(f"there is no file {given}")
+    definition, changed = _own_folder(request)
     rows, root = _labelled(request, definition.classes)
     candidates = _candidates(request, definition.folder)
     imported, weights = _first_import(request, definition, candidates)
@@ -113,7 +118,7 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
     best_gap, best = ranked[0]
     servable = _servable(trials, recorded)
     report = _described(request, imported, rows, recorded, trials, best, best_gap)
-    report |= {"threshold": threshold, "edits_tried": edited, "not_packaged": {}}
+    report |= {"changed": changed, "threshold": threshold, "edits_tried": edited, "not_packaged": {}}
     for gap, chosen in servable:
         if gap.reproduced or request.accept_closest:
             try:
@@ -127,29 +132,18 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
     return report
 
 
-def _own_folder(request: AdoptRequest) -> Definition:
-    """A copy of the archive's folder in `out`, which the adopted pipeline and threshold are written into."""
-    read = Definition.read(request.archive)
-    folder = request.out / read.name
+def _own_folder(request: AdoptRequest) -> tuple[Definition, dict[str, Any]]:
+    """The adopted model's folder in `out`; raises UsageError for an `out` that holds something else."""
     if request.out.exists() and (
         not request.out.is_dir() or (any(request.out.iterdir()) and not _trials(request).is_dir())
     ):
         raise UsageError(
             f"--out is {request.out}, which holds something else; choose a new folder, or that of an earlier run"
         )
+    name = Definition.read(request.archive).name
     _trials(request).mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(request.archive, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    content = read_yaml(folder / MODEL)
-    ((name, params),) = content["postprocess"].items()
-    changes: dict[str, Any] = {}
-    if request.threshold is not None:
-        changes["threshold"] = request.threshold
-    if changes:
-        content["postprocess"] = {name: {**params, **changes}}
-        text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110)
-        (folder / MODEL).write_text(f"# {request.archive.name}'s, with what was adopted.\n{text}", encoding="utf-8")
-    return Definition.read(folder)
+    classes = request.imported.get("classes", ())
+    return write_folder(request.archive, request.out / name, request.checkpoint, classes, request.threshold)
 
 
 def _trials(request: AdoptRequest) -> Path:
@@ -387,7 +381,16 @@ def _package(
         device,
         threshold=adopted.postprocessor.threshold,
     )
-    built = build_archive(folder, checkpoint_path, out / "evaluation", request.version, out / "model_store", force=True)
+    built = build_archive(
+        folder,
+        checkpoint_path,
+        out / "evaluation",
+        request.version,
+        out / "model_store",
+        force=True,
+        execution=None if request.runtime is None else Execution(request.runtime),
+        references=request.references,
+    )
     found: dict[str, Any] = {
         "adopted": {
             "pipeline": chosen.candidate.name,

@@ -87,7 +87,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     parts = [columns(_HEAD, rows), *failed, *_edits(report), *_columns_not_used(report), "", *verdict(report)]
     adopted = report.get("adopted")
     if adopted:
-        parts += ["", *instead(report), "", f"pipeline, model and variants: {adopted['folder']}"]
+        parts += ["", *instead(report), "", *_changed(report), f"pipeline, model and variants: {adopted['folder']}"]
         parts += [f"checkpoint: {adopted['checkpoint']}", f"archive: {adopted['archive']}"]
     return "\n".join(parts)
 
@@ -100,6 +100,11 @@ def _nearest_first(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _cells(trial: Mapping[str, Any]) -> list[str]:
     gap = trial["gap"]
     return ["yes" if gap["reproduced"] else "no", f"{gap['largest']:.1e}", f"{gap['mean']:.1e}"]
+
+
+def _changed(report: Mapping[str, Any]) -> list[str]:
+    told = "; ".join(f"{name} {value}" for name, value in report["changed"].items())
+    return [f"model.yaml is {report['archive']}'s, but for {told}"] if told else []
 
 
 def _edits(report: Mapping[str, Any]) -> list[str]:
@@ -236,7 +241,7 @@ def _provenance(report: Mapping[str, Any]) -> str:
         ("Weights", f"{report['checkpoint']['file']}, SHA-256 {report['checkpoint']['sha256']}"),
         ("Record", f"{report['record']['file']}, SHA-256 {report['record']['sha256']}"),
         *(("Note", note) for note in report["notes"]),
-        *(("Note", note) for note in _columns_not_used(report)),
+        *(("Note", note) for note in (*_columns_not_used(report), *_changed(report))),
         *(("Note", note) for note in report.get("adopted", {}).get("warnings", ())),
     ]
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)

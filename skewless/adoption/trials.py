@@ -18,11 +18,15 @@ from skewless.core.numerics import all_finite
 from skewless.core.pipeline import Pipeline
 from skewless.core.service import ModelService
 from skewless.core.stages import InputError, PipelineError, Stage
+from skewless.core.stages.pcm import Pcm
 from skewless.evaluation.scores import score_columns
 from skewless.training.manifest import Recording
 
 # Fields of an answer that say what was asked for, and not what was found.
-_ASKED = {"threshold_used", "min_positive_seconds", "width", "height", "duration_s", "analyzed_s"}
+_ASKED = {
+    *("threshold_used", "window_threshold", "min_positive_seconds", "min_positive_windows"),
+    *("width", "height", "duration_s", "analyzed_s"),
+}
 
 
 @dataclass(frozen=True)
@@ -201,19 +205,27 @@ def distinct(candidates: Iterable[Candidate], known: Iterable[Candidate] = ()) -
 
 def single_edits(base: Candidate, others: Iterable[Candidate], folder: Path) -> Iterator[Candidate]:
     """`base` with one thing changed: every single edit on the way to each of the `others`, as the skew report lists them;
-    every other word that a parameter takes, such as another resampling method; and every stage left out.
+    every other word that a parameter takes, such as another resampling method; samples rounded to 16 bits after a step, as in a
+    file; and every stage left out.
 
     folder: the archive's, for stages of its own code. What cannot be built is left out.
     """
     for other in others:
         alignment = align(base.pipeline, other.pipeline)
-        for number, edit in enumerate(alignment.edits):
-            yield from _built(base, str(edit), alignment.stages(frozenset({number})), folder)
+        for number, change in enumerate(alignment.edits):
+            yield from _built(base, str(change), alignment.stages(frozenset({number})), folder)
     stages = base.pipeline.stages
     for key, stage in stages.items():
         for name, value in _other_words(stage):
             params = {**stage.params(), name: value}
             yield from _changed(base, f"{key}: {name} {getattr(stage, name)} → {value}", key, params, folder)
+    listed = list(stages.values())
+    for at, (key, stage) in enumerate(stages.items(), start=1):
+        # What a file between two steps leaves: a cache, an upload, another program.
+        if stage.unit == "full scale" and not isinstance(stage, Pcm):
+            for rounding in get_args(get_type_hints(Pcm)["rounding"]):
+                edit = f"pcm of 16 bits ({rounding}) inserted after {key}"
+                yield from _built(base, edit, [*listed[:at], Pcm(16, rounding), *listed[at:]], folder)
     for key in list(stages)[1:]:
         yield from _built(base, f"{key} removed", [s for k, s in stages.items() if k != key], folder)
 

@@ -221,7 +221,7 @@ def build(
         force=force,
         execution=execution,
         decision_exact=both,
-        references=_references(references or ["evaluation"]),
+        references=references_of(references or ["evaluation"]),
         accept_untrained=accept_untrained or (),
         key=key,
     )
@@ -289,7 +289,7 @@ def verify(
     return Result({"archive": archive, "verified": True, "signed": signed}, "\n".join(lines))
 
 
-def _references(given: list[str]) -> Choice:
+def references_of(given: list[str]) -> Choice:
     """One of the words, or files."""
     match given:
         case ["evaluation"]:

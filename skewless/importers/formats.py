@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -122,6 +122,24 @@ def _read(path: Path, format: str, definition: Definition, replaced: Collection[
     if network == "torchvision":
         file = replace(file, weights=rename_torchvision(file.weights, definition.build_network().state_dict()))
     return replace(file, notes=(*file.notes, *_halved(file)))
+
+
+def shape_of(path: Path, definition: Definition) -> dict[str, Any]:
+    """The parameters of the definition's network that the file's weights have settled, such as `depth`; empty where the network
+    has none that they tell. Raises ImportFileError for a file that cannot be read."""
+    format = format_of(path)
+    network, _ = NETWORKS.split(definition.network)
+    if network == "resnet_fastai" and format in WEIGHTS_ALONE:
+        from skewless.importers.fastai import shape_of as shape_of_fastai
+        from skewless.importers.pytorch import read_pytorch
+
+        file = read_safetensors(path) if format == "safetensors" else read_pytorch(path)
+        return dict(shape_of_fastai(file.weights) or {})
+    if network == "mlp" and format == "keras":
+        from skewless.importers.keras_mlp import shape_of as shape_of_mlp
+
+        return shape_of_mlp(path)
+    return {}
 
 
 def _halved(file: ImportedFile) -> list[str]:
