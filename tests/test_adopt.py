@@ -219,6 +219,7 @@ def test_what_holds_something_else_is_left_alone(tiny_model: TinyModel, old_weig
     mine = tmp_path / "out" / "tiny" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine", encoding="utf-8")
+    (tmp_path / "record.csv").write_text("file_path,probability\n", encoding="utf-8")
     with pytest.raises(UsageError, match="holds something else"):
         adopt(request(tiny_model, old_weights, tmp_path, manifest=tiny_model.manifest))
     assert mine.read_text(encoding="utf-8") == "mine"
