@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,10 @@ from typing import Any
 import torch
 
 from skewless.adoption.folder import write_folder
+from skewless.adoption.labelled import SPLIT, labelled_files
 from skewless.adoption.recorded import Recorded, read_recorded
-from skewless.adoption.trials import (
-    Candidate,
-    Gap,
-    Laboratory,
-    Trial,
-    closest,
-    distinct,
-    servable_edits,
-    single_edits,
-    spread,
-)
+from skewless.adoption.search import candidates_of, search, servable_of
+from skewless.adoption.trials import Candidate, Gap, Laboratory, Trial, closest
 from skewless.core.definition import PIPELINE, Definition
 from skewless.core.files import atomic
 from skewless.core.pipeline import Pipeline
@@ -41,14 +31,9 @@ from skewless.packaging.execution import Execution
 from skewless.packaging.references import Choice
 from skewless.skew.compare import skew_report
 from skewless.training.checkpoint import load_checkpoint, save_checkpoint
-from skewless.training.manifest import ManifestError, Recording, read_manifest
+from skewless.training.manifest import Recording
 
 REPORT, PAGE, CHECKPOINT = "adoption.json", "index.html", "best.pth"
-_SPLIT = "val"
-# Edits are tried on so many files first, and the best of them on all.
-_SCREENED, _KEPT = 6, 3
-# One edit after another, while each brings the answers nearer.
-_ROUNDS = 3
 # The skew report runs every edit on every file: some hundred show what changes.
 _MOST_SKEWED = 200
 
@@ -92,14 +77,14 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
     archive or of `pipelines` first; where none of them reproduces the record, single edits of the closest.
     Raises ValueError (UsageError, ImportFileError, ManifestError, BuildError, ...) or OSError for what cannot be used.
     """
-    if (request.files is None) == (request.manifest is None):
-        raise UsageError("give the labelled files: either --files, a folder for each class, or --manifest")
     for given in (request.checkpoint, request.predictions):
         if not given.is_file():
             raise UsageError(f"there is no file {given}")
     definition, changed = _own_folder(request)
-    rows, root = _labelled(request, definition.classes)
-    candidates = _candidates(request, definition.folder)
+    rows, root = labelled_files(
+        request.files, request.manifest, request.root, definition.classes, request.out / "manifest.csv"
+    )
+    candidates = candidates_of(request.archive, definition.folder, request.pipelines)
     imported, weights = _first_import(request, definition, candidates)
     service = service_of(
         replace(definition, pipeline=weights.pipeline), weights.checkpoint, torch.device(request.device)
@@ -110,13 +95,13 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
     names = laboratory.names(rows, candidates)
     recorded = read_recorded(request.predictions, [row.file_path for row in rows], names)
     known = [row for row in rows if row.file_path in recorded.values]
-    trials, edited = _search(laboratory, candidates, known, recorded, definition.folder)
+    trials, edited = search(laboratory, candidates, known, recorded, definition.folder)
     ranked = closest(trials, recorded)
     if not ranked:
         listed = "\n".join(f"  {trial.candidate.name}: {trial.failure}" for trial in trials)
         raise ImportFileError(f"behind none of the pipelines these weights give an answer:\n{listed}")
     best_gap, best = ranked[0]
-    servable = _servable(trials, recorded)
+    servable = servable_of(trials, recorded)
     report = _described(request, imported, rows, recorded, trials, best, best_gap)
     report |= {"changed": changed, "threshold": threshold, "edits_tried": edited, "not_packaged": {}}
     for gap, chosen in servable:
@@ -148,49 +133,6 @@ def _own_folder(request: AdoptRequest) -> tuple[Definition, dict[str, Any]]:
 
 def _trials(request: AdoptRequest) -> Path:
     return request.out / "trials"
-
-
-def _labelled(request: AdoptRequest, classes: Sequence[str]) -> tuple[list[Recording], Path]:
-    """The labelled files, all in one split, and the folder that their paths are relative to; `out/manifest.csv` lists them."""
-    if request.manifest is not None:
-        root = request.root or request.manifest.parent
-        rows = read_manifest(request.manifest, root, classes, split=_SPLIT)
-    elif request.files is not None:
-        if request.root is not None:
-            raise UsageError("--root belongs to --manifest; --files needs none")
-        root, rows = request.files, list(_by_folder(request.files, classes))
-    if not rows:
-        raise ManifestError(f"{request.manifest or request.files} lists no files")
-    with open(request.out / "manifest.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file_path", "label", "split"])
-        writer.writerows((row.file_path, classes[row.label], row.split) for row in rows)
-    return rows, root
-
-
-def _by_folder(files: Path, classes: Sequence[str]) -> Iterator[Recording]:
-    """The files below DIR/CLASS, for each class; raises ManifestError for a class without a folder, and for other folders."""
-    if not files.is_dir():
-        raise ManifestError(f"--files is {files}, expected a folder that has one for each class: {', '.join(classes)}")
-    folders = {path.name.lower(): path for path in sorted(files.iterdir()) if path.is_dir()}
-    expected = [name.lower() for name in classes]
-    if missing := [name for name in classes if name.lower() not in folders]:
-        raise ManifestError(
-            f"{files} has no folder for {', '.join(missing)}; it has {', '.join(p.name for p in folders.values()) or 'none'}"
-        )
-    if strange := [path.name for name, path in folders.items() if name not in expected]:
-        raise ManifestError(f"{files} has the folder {', '.join(strange)}; the classes are {', '.join(classes)}")
-    for label, name in enumerate(expected):
-        for path in sorted(folders[name].rglob("*")):
-            if path.is_file():
-                yield Recording(path.relative_to(files).as_posix(), path, label, _SPLIT)
-
-
-def _candidates(request: AdoptRequest, folder: Path) -> list[Candidate]:
-    """The archive's pipeline and its variants, and then those that were given; `folder` has the archive's own code."""
-    own = [PIPELINE, *(f"variants/{path.name}" for path in sorted((request.archive / "variants").glob("*.yaml")))]
-    named = {name: request.archive / name for name in own} | {path.as_posix(): path for path in request.pipelines}
-    return distinct(Candidate(name, Pipeline.from_yaml(path, folder), path) for name, path in named.items())
 
 
 @dataclass(frozen=True)
@@ -232,50 +174,6 @@ def _import(request: AdoptRequest, folder: Path, pipeline: Path, out: Path) -> I
             **request.imported,
         )
     )
-
-
-def _search(
-    laboratory: Laboratory,
-    candidates: Sequence[Candidate],
-    rows: Sequence[Recording],
-    recorded: Recorded,
-    folder: Path,
-) -> tuple[list[Trial], int]:
-    """Every candidate on all files; where none that can be served is the same as the record, edits of the closest, while they
-    bring it nearer: an edit that is missing may change less than is allowed. Returns the trials on all files, and how many
-    edits were tried on a few."""
-    edited = 0
-    trials = [
-        laboratory.run(each, rows, f"{number}/{len(candidates)} {each.name}")
-        for number, each in enumerate(candidates, start=1)
-    ]
-    few = spread(rows, recorded, _SCREENED)
-    for turn in range(1, _ROUNDS + 1):
-        ranked, before = closest(trials, recorded), _servable(trials, recorded)
-        if not ranked or (before and before[0][0].same):
-            break
-        gap, base = ranked[0]
-        # Where the service's own pipeline is found, what is left is to find its like that can be served.
-        found = gap.same or (gap.reproduced and not base.candidate.servable)
-        ways = servable_edits if found else single_edits
-        edits = distinct(ways(base.candidate, candidates, folder), known=[t.candidate for t in trials])
-        print(
-            f"none of {len(trials)} pipelines {'that can be served ' if found else ''}is the same as the record; round {turn}: "
-            f"{len(edits)} edits of {base.candidate.name} on {len(few)} files",
-            file=sys.stderr,
-        )
-        screened = [laboratory.run(e, few, f"{number}/{len(edits)} edits") for number, e in enumerate(edits, start=1)]
-        edited += len(edits)
-        promising = [trial.candidate for _, trial in closest(screened, recorded)[:_KEPT]]
-        trials += [laboratory.run(each, rows, each.name) for each in promising]
-        after, earlier = (_servable(trials, recorded), before) if found else (closest(trials, recorded), ranked)
-        if after[:1] == earlier[:1]:
-            break
-    return trials, edited
-
-
-def _servable(trials: Sequence[Trial], recorded: Recorded) -> list[tuple[Gap, Trial]]:
-    return [each for each in closest(trials, recorded) if each[1].candidate.servable]
 
 
 def _described(
@@ -376,7 +274,7 @@ def _package(
         checkpoint,
         checkpoint_path,
         rows,
-        _SPLIT,
+        SPLIT,
         out / "evaluation",
         device,
         threshold=adopted.postprocessor.threshold,
@@ -416,7 +314,7 @@ def _package(
         out / "instead",
         manifest=out / "manifest.csv",
         root=root,
-        split=_SPLIT,
+        split=SPLIT,
         limit=_MOST_SKEWED,
         threshold=adopted.postprocessor.threshold,
         device=device,
