@@ -17,6 +17,7 @@ import io
 import json
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from typing import Any
 import librosa
 import numpy as np
 import onnxruntime
+import soundfile
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -48,7 +50,7 @@ from tests.demonstration import ROOT, Demonstration, trained
 from tests.oracles import librosa_voice
 
 PROGRAMS = ROOT / "tests" / "programs"
-# What libsndfile, by which two of the services decode, does not read.
+# What libsndfile does not read.
 _NOT_READ = {".m4a", ".webm"}
 Answers = Callable[[Path], list[dict[str, Any]]]
 
@@ -118,8 +120,7 @@ def cough_in_onnx(made: Demonstration, folder: Path) -> tuple[str, list[str], An
         return [{"probability": float(found[0])}]
 
     assert "bag_probability" in names, names
-    # Its decoder cannot be served: the closest that can is built.
-    return "best_model.pth", ["--classes", "negative,positive", "--accept-closest"], answer
+    return "best_model.pth", ["--classes", "negative,positive"], answer
 
 
 def orca_in_fastai(made: Demonstration, folder: Path) -> tuple[str, list[str], Answers]:
@@ -230,7 +231,10 @@ def portrait_in_keras(made: Demonstration, folder: Path) -> tuple[str, list[str]
 
 SERVICES = (
     OldService(
-        "000", "cough", "a PyTorch checkpoint, half precision in its arithmetic, no high-pass", cough_in_pytorch
+        "000",
+        "cough",
+        "a PyTorch checkpoint, half precision in its arithmetic, no high-pass",
+        cough_in_pytorch,
     ),
     OldService(
         "001", "cough", "the same weights in ONNX Runtime, pydub, another level, padded tail windows", cough_in_onnx
@@ -255,31 +259,47 @@ def _rows(made: Demonstration) -> list[Recording]:
     return read_manifest(made.manifest, made.corpus, Definition.read(made.definition).classes)
 
 
+def labelled_files(made: Demonstration, folder: Path, limit: int) -> list[Path]:
+    """Some files that the demonstration was not trained on, as DIR/CLASS/NAME: pictures as they are, recordings as WAV of 16 bits, of
+    which every decoder makes the same."""
+    classes = Definition.read(made.definition).classes
+    held_out = [row for row in _rows(made) if row.split != "train" and row.path.suffix not in _NOT_READ]
+    written = []
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for row in [row for row in held_out if row.label == label][: -(-limit // len(classes))]:
+            if Definition.read(made.definition).pipeline.reads == "image":
+                written.append(Path(shutil.copy(row.path, folder / name)))
+            else:
+                samples, rate = soundfile.read(row.path)
+                written.append(folder / name / f"{row.path.stem}.wav")
+                soundfile.write(written[-1], samples, rate, subtype="PCM_16")
+    return written
+
+
 def take_over(service: OldService, out: Path, scratch: Path, limit: int) -> dict[str, Any]:
-    """Make the service, record its answers for `limit` files of the demonstration's test split, and adopt it into `out`."""
+    """Make the service, record its answers for some `limit` files, and adopt it into `out`."""
     made = trained(service.archive, scratch)
     folder = out / service.document
     folder.mkdir(parents=True, exist_ok=True)
     weights, options, answers = service.make(made, folder)
-    classes = Definition.read(made.definition).classes
-    rows = [row for row in _rows(made) if row.split == "test" and row.path.suffix not in _NOT_READ]
-    by_class = [
-        [row for row in rows if row.label == label][: -(-limit // len(classes))] for label in range(len(classes))
-    ]
-    chosen = [row for rows in by_class for row in rows]
-    recorded = [{"file_path": row.file_path, **answer} for row in chosen for answer in answers(row.path)]
-    _write(folder / "answers.csv", recorded)
-    _write(folder / "labels.csv", [{"file_path": row.file_path, "label": classes[row.label]} for row in chosen])
+    files = labelled_files(made, folder / "labelled", limit)
+    with open(folder / "answers.csv", "w", newline="", encoding="utf-8") as file:
+        rows = [
+            {"file_path": path.relative_to(folder / "labelled").as_posix(), **row}
+            for path in files
+            for row in answers(path)
+        ]
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     line = [
-        *("skewless", "adopt", f"archive/{service.archive}", weights, "--predictions", "answers.csv"),
-        *("--manifest", "labels.csv", "--root", "recordings", *options, "--out", "adopted"),
+        *("skewless", "adopt", f"archive/{service.archive}", weights, *options, "--files", "labelled"),
+        *("--predictions", "answers.csv", "--out", "adopted"),
     ]
     # The same command with this machine's folders.
-    places = {
-        **{name: str(folder / name) for name in (weights, "answers.csv", "labels.csv", "scaler.pkl", "adopted")},
-        f"archive/{service.archive}": str(made.definition),
-        "recordings": str(made.corpus),
-    }
+    places = {name: str(folder / name) for name in (weights, "answers.csv", "labelled", "scaler.pkl", "adopted")}
+    places[f"archive/{service.archive}"] = str(made.definition)
     started = time.monotonic()
     ended = subprocess.run(
         [sys.executable, "-m", *(places.get(word, word) for word in line)],
@@ -290,17 +310,10 @@ def take_over(service: OldService, out: Path, scratch: Path, limit: int) -> dict
     )
     seconds = time.monotonic() - started
     print(f"{shlex.join(line)}\n{ended.stdout}", flush=True)
-    if ended.returncode not in (0, int("--accept-closest" in options)):
+    if ended.returncode:
         sys.exit(f"{service.document}: exit code {ended.returncode}\n{ended.stderr}")
     report = json.loads((folder / "adopted" / "adoption.json").read_text(encoding="utf-8"))
     return {"service": service, "command": shlex.join(line), "report": report, "seconds": seconds}
-
-
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def as_markdown(found: Sequence[dict[str, Any]]) -> str:

@@ -23,7 +23,8 @@ class Pcm(Stage, name="pcm"):
     nearest: half to even, as FFmpeg writes float samples.
     truncate: towards zero, as a C cast does, and NumPy's `astype`.
 
-    A float32 number has 24 significant bits, so `bits: 32` does little but clip.
+    A float32 number has 24 significant bits, so `bits: 32` does little but clip. `peak_normalize` divides by the peak of the decoded
+    recording, so a `pcm` in front of it does not change what it divides by.
     """
 
     unit: ClassVar[str] = "full scale"
