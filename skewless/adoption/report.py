@@ -21,7 +21,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     if gap["reproduced"]:
         lines = [
             f"{best['name']} is what the service computes: all {numbers} are reproduced, the largest difference is "
-            f"{gap['largest']:.1e}."
+            f"{_size(gap['largest'])}."
         ]
         others = [
             t["name"] for t in report["trials"] if t["gap"] and t["gap"]["reproduced"] and t["name"] != best["name"]
@@ -31,7 +31,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     else:
         lines = [
             f"No pipeline reproduces the {numbers}. The closest is {best['name']}: the largest difference is "
-            f"{gap['largest']:.1e} ({gap['worst']}), the mean {gap['mean']:.1e}."
+            f"{_size(gap['largest'])} ({gap['worst']}), the mean {_size(gap['mean'])}."
         ]
         if gap["missing"]:
             lines.append(
@@ -54,7 +54,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"It imitates a fault with a stage that no archive carries. Built is {adopted['pipeline']}, the closest that can be "
             f"served, which {'reproduces the record, too' if adopted['reproduced'] else 'does not reproduce the record'}: the "
-            f"largest difference is {adopted['largest']:.1e}."
+            f"largest difference is {_size(adopted['largest'])}."
         )
     return lines
 
@@ -92,6 +92,10 @@ def as_text(report: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _size(difference: float) -> str:
+    return f"{difference:.1e}" if difference else "0"
+
+
 def _nearest_first(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ran = [trial for trial in report["trials"] if trial["gap"] is not None]
     return sorted(ran, key=lambda trial: (not trial["gap"]["reproduced"], trial["gap"]["mean"]))
@@ -99,7 +103,7 @@ def _nearest_first(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _cells(trial: Mapping[str, Any]) -> list[str]:
     gap = trial["gap"]
-    return ["yes" if gap["reproduced"] else "no", f"{gap['largest']:.1e}", f"{gap['mean']:.1e}"]
+    return ["yes" if gap["reproduced"] else "no", _size(gap["largest"]), _size(gap["mean"])]
 
 
 def _changed(report: Mapping[str, Any]) -> list[str]:
@@ -131,7 +135,7 @@ def _summary(report: Mapping[str, Any]) -> str:
         kind, headline = "warn", "The closest is built"
     tiles = [
         ("Pipeline of the service", escape(report["best"]["name"]), f"of {len(report['trials'])} tried on all files"),
-        ("Largest difference", f"{gap['largest']:.1e}", f"of {record['numbers']} recorded numbers"),
+        ("Largest difference", _size(gap["largest"]), f"of {record['numbers']} recorded numbers"),
         ("Files", f"{record['files']}", f"with a record, of {record['labelled']} with a label"),
     ]
     if adopted:
@@ -208,7 +212,7 @@ def _agreement(report: Mapping[str, Any]) -> str:
         f'<text x="{x0 - 8:.0f}" y="{at(0, v)[1] + 4:.0f}" text-anchor="end">{v:g}</text>'
         for v in (0, 0.5, 1)
     )
-    alt = f"Recorded against ours for {len(pairs)} numbers: the largest difference is {report['best']['gap']['largest']:.1e}."
+    alt = f"Recorded against ours for {len(pairs)} numbers: the largest difference is {_size(report['best']['gap']['largest'])}."
     return (
         '<section aria-labelledby="agreement"><h2 id="agreement">Recorded and ours</h2><figure><div class="wide">'
         f'<svg viewBox="0 0 {size} {size}" width="{size}" role="img" aria-label="{escape(alt, quote=True)}" '
