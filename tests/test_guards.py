@@ -307,7 +307,7 @@ def test_an_answer_that_json_cannot_hold_is_that_files_fault_alone(value: object
     right = service.definition.postprocessor
 
     class Odd:
-        threshold, classes = right.threshold, right.classes
+        threshold, classes, require_windows = right.threshold, right.classes, right.require_windows
 
         def __call__(self, outputs: Any, metadata: Any, threshold: float) -> dict[str, Any]:
             body = right(outputs, metadata, threshold)

@@ -39,8 +39,9 @@ _YAML = ("load", "load_all", "unsafe_load", "full_load", "unsafe_load_all", "ful
 # Where modules are imported by a name that is data: the catalogue's own, Python files of a definition's folder, and the
 # synthesisers of corpora, of a fixed list.
 _IMPORTS = {"skewless/core/catalogue.py", "skewless/core/own_code.py", "skewless/demos/__init__.py"}
-# `skewless diff` and `trace` run a function that the user names, in a process of its own, and talk to that process.
-_USERS_PROGRAM = {"skewless/programs/program.py", "skewless/programs/worker.py"}
+# `skewless diff` and `trace` run a function that the user names, in a process of its own, and talk to that process. The benchmark runs
+# the documents' programs in tests/programs, and writes a scaler as their authors did.
+_USERS_PROGRAM = {"skewless/programs/program.py", "skewless/programs/worker.py", "benchmarks/old_services.py"}
 
 
 def runs_what_it_reads(source: str, file: str) -> list[str]:

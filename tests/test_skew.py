@@ -425,7 +425,7 @@ def test_nothing_to_compare_is_said(tiny_model, tmp_path):  # noqa: F811
     (tmp_path / "empty" / "broken.wav").write_bytes(b"RIFF....WAVE")
     with pytest.raises(ValueError, match=r"none of the 1 files can be read:\n  broken\.wav: "):
         compare(tiny_model, tmp_path / "out", files=tmp_path / "empty")
-    with pytest.raises(ValueError, match="is not a checkpoint"):
+    with pytest.raises(ValueError, match="is text, starting with"):
         compare(replace(tiny_model, checkpoint=manifest), tmp_path / "out", files=tmp_path / "empty")
 
 

@@ -43,23 +43,34 @@ def search(
     folder: Path,
 ) -> tuple[list[Trial], int]:
     """Every candidate on all files; where none that can be served is the same as the record, edits of the closest, while they
-    bring it nearer: an edit that is missing may change less than is allowed. Returns the trials on all files, and how many
-    edits were tried on a few."""
-    edited = 0
+    bring it nearer: an edit that is missing may change less than is allowed. Where the closest has a stage that no archive
+    carries, first what stands in for that stage, then edits of the closest that can be served.
+
+    Returns the trials on all files, and how many edits were tried on a few.
+    """
+    edited, replaced = 0, False
     trials = [
         laboratory.run(each, rows, f"{number}/{len(candidates)} {each.name}")
         for number, each in enumerate(candidates, start=1)
     ]
     few = spread(rows, recorded, _SCREENED)
     for turn in range(1, _ROUNDS + 1):
-        ranked, before = closest(trials, recorded), servable_of(trials, recorded)
-        if not ranked or (before and before[0][0].same):
+        ranked, servable = closest(trials, recorded), servable_of(trials, recorded)
+        if not ranked or (servable and servable[0][0].same):
             break
         gap, base = ranked[0]
-        # Where the service's own pipeline is found, what is left is to find its like that can be served.
-        found = gap.same or (gap.reproduced and not base.candidate.servable)
-        ways = servable_edits if found else single_edits
-        edits = distinct(ways(base.candidate, candidates, folder), known=[t.candidate for t in trials])
+        # What the service computes is known then: what is left is to find its like that can be served.
+        found = gap.reproduced and not base.candidate.servable
+        before = servable if found else ranked
+        replacing = found and not replaced
+        if replacing:
+            edits, replaced = list(servable_edits(base.candidate, candidates, folder)), True
+        elif found and not servable:
+            break
+        else:
+            base = before[0][1]
+            edits = [e for e in single_edits(base.candidate, candidates, folder) if e.servable or not found]
+        edits = distinct(edits, known=[trial.candidate for trial in trials])
         print(
             f"none of {len(trials)} pipelines {'that can be served ' if found else ''}is the same as the record; round {turn}: "
             f"{len(edits)} edits of {base.candidate.name} on {len(few)} files",
@@ -69,8 +80,8 @@ def search(
         edited += len(edits)
         promising = [trial.candidate for _, trial in closest(screened, recorded)[:_KEPT]]
         trials += [laboratory.run(each, rows, each.name) for each in promising]
-        after, earlier = (servable_of(trials, recorded), before) if found else (closest(trials, recorded), ranked)
-        if after[:1] == earlier[:1]:
+        after = servable_of(trials, recorded) if found else closest(trials, recorded)
+        if after[:1] == before[:1] and not replacing:
             break
     return trials, edited
 

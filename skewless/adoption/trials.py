@@ -154,6 +154,7 @@ class Laboratory:
             signal = pipeline.run(payload, **self.service.input_limits)
             if not all_finite(signal.data):
                 raise InputError("the network's input has values that are NaN or infinite")
+            postprocessor.require_windows(len(signal.data))
             (outputs,) = self.service.runtime([signal.data])
             body = postprocessor(outputs, signal.metadata, self.threshold)
             scores = postprocessor.scores(outputs)

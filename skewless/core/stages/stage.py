@@ -134,7 +134,8 @@ def each_row(function: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tenso
     """What a function of rows `(S, ...)` gives, also for no row: then it is given one of zeros, and its result dropped.
 
     Some operations of torch refuse a batch of 0, which a recording has that is too short for one window."""
-    if len(rows):
+    # A graph is exported with rows, and for any number of them: asking for it would fix the number.
+    if torch.compiler.is_compiling() or len(rows):
         return function(rows)
     return function(rows.new_zeros(1, *rows.shape[1:]))[:0]
 
