@@ -39,6 +39,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from benchmarks.command import scratch_folder
+from skewless.adoption.report import size_text
 from skewless.core.definition import Definition
 from skewless.core.files import atomic
 from skewless.core.networks.resnet_fastai import AdaptiveConcatPool2d
@@ -318,18 +319,30 @@ def take_over(service: OldService, out: Path, scratch: Path, limit: int) -> dict
 
 def as_markdown(found: Sequence[dict[str, Any]]) -> str:
     """A row for each service: what it runs, the pipeline that was found, and how closely its answers are reproduced."""
-    lines = [
-        "| document | the service runs | pipeline found | recorded numbers | largest difference | mean | decisions that the archive's pipeline would change |",
-        "|---|---|---|---|---|---|---|",
+    head = [
+        "document",
+        "the service runs",
+        "pipeline found",
+        "recorded",
+        "largest difference",
+        "mean",
+        "decisions changed by the archive's own",
     ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for each in found:
         service, report = each["service"], each["report"]
         gap, other = report["adopted"], report["instead"]
-        changed = "none: it is that pipeline" if other is None else f"{other['flips']} of {other['files']}"
-        lines.append(
-            f"| {service.document} | {service.runs} | {gap['pipeline']} | {gap['numbers']} of {gap['files']} files | "
-            f"{gap['largest']:.1e} | {gap['mean']:.1e} | {changed} |"
-        )
+        changed = "none: it is that one" if other is None else f"{other['flips']} of {other['files']}"
+        cells = [
+            service.document,
+            service.runs,
+            gap["pipeline"],
+            f"{gap['numbers']} numbers, {gap['files']} files",
+            size_text(gap["largest"]),
+            size_text(gap["mean"]),
+            changed,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

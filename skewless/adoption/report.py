@@ -21,7 +21,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     if gap["reproduced"]:
         lines = [
             f"{best['name']} is what the service computes: all {numbers} are reproduced, the largest difference is "
-            f"{_size(gap['largest'])}."
+            f"{size_text(gap['largest'])}."
         ]
         others = [
             t["name"] for t in report["trials"] if t["gap"] and t["gap"]["reproduced"] and t["name"] != best["name"]
@@ -31,7 +31,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     else:
         lines = [
             f"No pipeline reproduces the {numbers}. The closest is {best['name']}: the largest difference is "
-            f"{_size(gap['largest'])} ({gap['worst']}), the mean {_size(gap['mean'])}."
+            f"{size_text(gap['largest'])} ({gap['worst']}), the mean {size_text(gap['mean'])}."
         ]
         if gap["missing"]:
             lines.append(
@@ -54,7 +54,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"It imitates a fault with a stage that no archive carries. Built is {adopted['pipeline']}, the closest that can be "
             f"served, which {'reproduces the record, too' if adopted['reproduced'] else 'does not reproduce the record'}: the "
-            f"largest difference is {_size(adopted['largest'])}."
+            f"largest difference is {size_text(adopted['largest'])}."
         )
     return lines
 
@@ -92,7 +92,8 @@ def as_text(report: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _size(difference: float) -> str:
+def size_text(difference: float) -> str:
+    """A difference with two digits; 0 for none."""
     return f"{difference:.1e}" if difference else "0"
 
 
@@ -103,7 +104,7 @@ def _nearest_first(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _cells(trial: Mapping[str, Any]) -> list[str]:
     gap = trial["gap"]
-    return ["yes" if gap["reproduced"] else "no", _size(gap["largest"]), _size(gap["mean"])]
+    return ["yes" if gap["reproduced"] else "no", size_text(gap["largest"]), size_text(gap["mean"])]
 
 
 def _changed(report: Mapping[str, Any]) -> list[str]:
@@ -135,7 +136,7 @@ def _summary(report: Mapping[str, Any]) -> str:
         kind, headline = "warn", "The closest is built"
     tiles = [
         ("Pipeline of the service", escape(report["best"]["name"]), f"of {len(report['trials'])} tried on all files"),
-        ("Largest difference", _size(gap["largest"]), f"of {record['numbers']} recorded numbers"),
+        ("Largest difference", size_text(gap["largest"]), f"of {record['numbers']} recorded numbers"),
         ("Files", f"{record['files']}", f"with a record, of {record['labelled']} with a label"),
     ]
     if adopted:
@@ -212,7 +213,7 @@ def _agreement(report: Mapping[str, Any]) -> str:
         f'<text x="{x0 - 8:.0f}" y="{at(0, v)[1] + 4:.0f}" text-anchor="end">{v:g}</text>'
         for v in (0, 0.5, 1)
     )
-    alt = f"Recorded against ours for {len(pairs)} numbers: the largest difference is {_size(report['best']['gap']['largest'])}."
+    alt = f"Recorded against ours for {len(pairs)} numbers: the largest difference is {size_text(report['best']['gap']['largest'])}."
     return (
         '<section aria-labelledby="agreement"><h2 id="agreement">Recorded and ours</h2><figure><div class="wide">'
         f'<svg viewBox="0 0 {size} {size}" width="{size}" role="img" aria-label="{escape(alt, quote=True)}" '
