@@ -314,11 +314,12 @@ def test_a_swallowed_exception_and_a_recording_of_one_channel_are_told(recording
     assert not {"highpass", "downmix"} & {each.stage.name for each in found.recognised}
 
 
-def test_pictures_standardised_with_channels_last(photo: Path, tmp_path: Path):
-    found = drafted(PICTURE, photo, tmp_path)
+@pytest.mark.parametrize(("argument", "method"), [(", Image.Resampling.BILINEAR", "pil_bilinear"), ("", "pil_bicubic")])
+def test_pictures_standardised_with_channels_last(photo: Path, tmp_path: Path, argument: str, method: str):
+    found = drafted(PICTURE.replace(", Image.Resampling.BILINEAR", argument), photo, tmp_path)
     assert stages(found) == [
         {"decode_image": {"background": [], "min_side": 1, "orientation": "upright"}},
-        {"resize": {"height": 40, "width": 48, "method": "pil_bilinear"}},
+        {"resize": {"height": 40, "width": 48, "method": method}},
         {
             "standardize": {
                 **{"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},

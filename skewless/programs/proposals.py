@@ -385,6 +385,10 @@ def _pads(x: np.ndarray, array: np.ndarray) -> Iterator[Proposal]:
         yield from _made(PadFrames, values, {})
 
 
+# What programs resize by, the commonest first; pil_bicubic is Pillow's default.
+_RESIZING = ("bilinear", "pil_bilinear", "pil_nearest", "pil_bicubic", "pil_lanczos", "bicubic", "area")
+
+
 def _on_picture(signal: Signal, evidence: Evidence, later: Sequence[Event]) -> Iterator[Proposal]:
     x = canonical(signal.data[:1].numpy())
     arrays = list(_arrays(evidence.trace, later))
@@ -392,7 +396,7 @@ def _on_picture(signal: Signal, evidence: Evidence, later: Sequence[Event]) -> I
     if len(signal.data) == 1:
         sizes = {a.shape[:2] for a in arrays if a.ndim == 3 and a.shape[-1] == channels}
         sizes |= {a.shape[1:] for a in arrays if a.ndim == 3 and a.shape[0] == channels}
-        for (height, width), method in itertools.product(sorted(sizes), ("bilinear", "pil_bilinear", "pil_nearest")):
+        for (height, width), method in itertools.product(sorted(sizes), _RESIZING):
             yield from _made(Resize, {"height": height, "width": width, "method": method}, {})
     if evidence.half:
         yield Proposal(Cast("float16"))
