@@ -24,6 +24,7 @@ from skewless.core.networks.resnet_fastai import ResNetFastai
 from skewless.core.pipeline import Pipeline
 from skewless.errors import UsageError
 from skewless.evaluation.scores import Prediction, predict, service_of
+from skewless.importers.errors import ImportFileError
 from skewless.training.checkpoint import load_checkpoint
 from skewless.training.manifest import ManifestError, read_manifest
 from tests.conftest import ROOT, run_skewless
@@ -359,3 +360,14 @@ def test_wrong_use_is_exit_code_2_and_names_the_value(
     ):
         ended = run_skewless(*base, *more, check=False)
         assert ended.returncode == 2 and message in ended.stderr, ended.stderr
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(
+        ImportFileError, match=f"--classes is required.* {tiny_model.archive / 'model.yaml'} has tone, noise"
+    ):
+        adopt(
+            replace(
+                request(tiny_model, old_weights, tmp_path, manifest=manifest),
+                predictions=tmp_path / "empty.csv",
+                imported={},
+            )
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,20 +81,22 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
     for given in (request.checkpoint, request.predictions):
         if not given.is_file():
             raise UsageError(f"there is no file {given}")
-    definition, changed = _own_folder(request)
-    rows, root = labelled_files(
-        request.files, request.manifest, request.root, definition.classes, request.out / "manifest.csv"
-    )
-    candidates = candidates_of(request.archive, definition.folder, request.pipelines)
-    imported, weights = _first_import(request, definition, candidates)
-    service = service_of(
-        replace(definition, pipeline=weights.pipeline), weights.checkpoint, torch.device(request.device)
-    )
-    threshold = service.postprocessor.threshold
-    key = json.dumps([imported.sha256, definition.network, definition.postprocess, threshold], default=str)
-    laboratory = Laboratory(service, threshold, _trials(request), key)
-    names = laboratory.names(rows, candidates)
-    recorded = read_recorded(request.predictions, [row.file_path for row in rows], names)
+    # What is wrong with what was given is known before the first long work, and then nothing is left behind.
+    with _taken_back_if_refused(request.out):
+        definition, changed = _own_folder(request)
+        rows, root = labelled_files(
+            request.files, request.manifest, request.root, definition.classes, request.out / "manifest.csv"
+        )
+        candidates = candidates_of(request.archive, definition.folder, request.pipelines)
+        imported, weights = _first_import(request, definition, candidates)
+        service = service_of(
+            replace(definition, pipeline=weights.pipeline), weights.checkpoint, torch.device(request.device)
+        )
+        threshold = service.postprocessor.threshold
+        key = json.dumps([imported.sha256, definition.network, definition.postprocess, threshold], default=str)
+        laboratory = Laboratory(service, threshold, _trials(request), key)
+        names = laboratory.names(rows, candidates)
+        recorded = read_recorded(request.predictions, [row.file_path for row in rows], names)
     known = [row for row in rows if row.file_path in recorded.values]
     trials, edited = search(laboratory, candidates, known, recorded, definition.folder)
     ranked = closest(trials, recorded)
@@ -115,6 +118,18 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
     with atomic(request.out / REPORT) as unfinished:
         unfinished.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+@contextlib.contextmanager
+def _taken_back_if_refused(folder: Path) -> Iterator[None]:
+    """Remove a folder that the block makes, where it raises."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _own_folder(request: AdoptRequest) -> tuple[Definition, dict[str, Any]]:
@@ -146,7 +161,8 @@ class _Weights:
 def _first_import(
     request: AdoptRequest, definition: Definition, candidates: Sequence[Candidate]
 ) -> tuple[ImportResult, _Weights]:
-    """The weights, imported behind the first pipeline that the file does not contradict; raises what the first one raised."""
+    """The weights, imported behind the first pipeline that the file does not contradict; raises ImportFileError with what
+    the first one raised."""
     first: Exception | None = None
     path = _trials(request) / "weights.pth"
     for candidate in candidates:
@@ -159,7 +175,10 @@ def _first_import(
             continue
         checkpoint = load_checkpoint(path)
         return imported, _Weights(checkpoint, Pipeline.from_dict(checkpoint["pipeline"], definition.folder))
-    raise first or ImportFileError(f"{request.archive} has no pipeline that can be served")
+    if first is None:
+        raise ImportFileError(f"{request.archive} has no pipeline that can be served")
+    # The folder of its own is taken back: what can be changed is the one that it was copied from.
+    raise ImportFileError(str(first).replace(str(definition.folder), str(request.archive))) from first
 
 
 def _import(request: AdoptRequest, folder: Path, pipeline: Path, out: Path) -> ImportResult:

@@ -112,6 +112,9 @@ class Laboratory:
         A file that this pipeline cannot read, and numbers that the network does not take, end the trial as a failure.
         """
         pipeline = candidate.pipeline.with_fitted_stages_of(self.service.pipeline)
+        if pipeline.unfitted:
+            lacks = f"its stage {', '.join(pipeline.unfitted)} lacks the training set's statistics"
+            return Trial(candidate, {}, {}, {}, f"{lacks}; give scikit-learn's StandardScaler as --scaler")
         answers: dict[str, dict[str, Any]] = self._kept(pipeline)
         missing = [row for row in rows if row.file_path not in answers]
         failure = ""
