@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +238,26 @@ def test_edits_are_those_of_the_variants_other_words_and_stages_left_out(tiny_mo
     assert "pcm of 16 bits (floor) inserted after resample" in names and not any("after mel" in name for name in names)
 
 
+def test_a_file_that_was_replaced_is_answered_anew(
+    tiny_model: TinyModel,  # noqa: F811
+    manifest: Path,
+    tmp_path: Path,
+):
+    checkpoint = load_checkpoint(tiny_model.checkpoint)
+    service = service_of(tiny_model.definition, checkpoint, torch.device("cpu"))
+    first, second = read_manifest(manifest, manifest.parent, tiny_model.definition.classes, split="val")[:2]
+    candidate = Candidate("pipeline.yaml", tiny_model.definition.pipeline)
+
+    def answered(source: Path) -> Mapping[str, float]:
+        row = replace(first, path=Path(shutil.copy(source, tmp_path / "a.wav")))
+        (answer,) = (
+            trials_module.Laboratory(service, 0.5, tmp_path / "trials", "").run(candidate, [row], "").answers.values()
+        )
+        return answer
+
+    assert answered(first.path) == answered(first.path) != answered(second.path)
+
+
 # The folder of its own.
 
 
@@ -325,9 +345,7 @@ def test_a_window_that_is_not_cut_counts_as_a_difference(tmp_path: Path, tiny_mo
     path = written(tmp_path / "r.csv", "file_path,start_s,probability", "a.wav,0,0.5", "a.wav,7,0.5")
     recorded = read_recorded(path, ["a.wav"], {"probability"})
     answers = {"a.wav": {part_name(0.0): 0.5}}
-    trial = trials_module.Trial(
-        Candidate("p", tiny_model.definition.pipeline), answers, {"a.wav": (0.5,)}, {"a.wav": 0}
-    )
+    trial = trials_module.Trial(Candidate("p", tiny_model.definition.pipeline), answers)
     gap = trial.gap(recorded)
     assert gap is not None and not gap.reproduced and (gap.missing, gap.mean, gap.largest) == (1, 0.5, 1.0)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from skewless import __version__
 from skewless.adoption.folder import write_folder
 from skewless.adoption.labelled import SPLIT, labelled_files
 from skewless.adoption.recorded import Recorded, read_recorded
@@ -88,12 +89,12 @@ def adopt(request: AdoptRequest) -> dict[str, Any]:
             request.files, request.manifest, request.root, definition.classes, request.out / "manifest.csv"
         )
         candidates = candidates_of(request.archive, definition.folder, request.pipelines)
-        imported, weights = _first_import(request, definition, candidates)
-        service = service_of(
-            replace(definition, pipeline=weights.pipeline), weights.checkpoint, torch.device(request.device)
-        )
+        imported, checkpoint = _first_import(request, definition, candidates)
+        behind = Pipeline.from_dict(checkpoint["pipeline"], definition.folder)
+        service = service_of(replace(definition, pipeline=behind), checkpoint, torch.device(request.device))
         threshold = service.postprocessor.threshold
-        key = json.dumps([imported.sha256, definition.network, definition.postprocess, threshold], default=str)
+        decided_by = [definition.network, definition.postprocess, definition.code, __version__]
+        key = json.dumps([imported.sha256, *decided_by], default=str)
         laboratory = Laboratory(service, threshold, _trials(request), key)
         names = laboratory.names(rows, candidates)
         recorded = read_recorded(request.predictions, [row.file_path for row in rows], names)
@@ -140,27 +141,20 @@ def _own_folder(request: AdoptRequest) -> tuple[Definition, dict[str, Any]]:
         raise UsageError(
             f"--out is {request.out}, which holds something else; choose a new folder, or that of an earlier run"
         )
-    name = Definition.read(request.archive).name
-    _trials(request).mkdir(parents=True, exist_ok=True)
+    folder = request.out / request.archive.resolve().name
     classes = request.imported.get("classes", ())
-    return write_folder(request.archive, request.out / name, request.checkpoint, classes, request.threshold)
+    written = write_folder(request.archive, folder, request.checkpoint, classes, request.threshold)
+    _trials(request).mkdir(exist_ok=True)
+    return written
 
 
 def _trials(request: AdoptRequest) -> Path:
     return request.out / "trials"
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """A checkpoint as first imported, and the pipeline that it was imported behind, with its fitted stages."""
-
-    checkpoint: dict[str, Any]
-    pipeline: Pipeline
-
-
 def _first_import(
     request: AdoptRequest, definition: Definition, candidates: Sequence[Candidate]
-) -> tuple[ImportResult, _Weights]:
+) -> tuple[ImportResult, dict[str, Any]]:
     """The weights, imported behind the first pipeline that the file does not contradict; raises ImportFileError with what
     the first one raised."""
     first: Exception | None = None
@@ -173,8 +167,7 @@ def _first_import(
         except ImportFileError as error:
             first = first or error
             continue
-        checkpoint = load_checkpoint(path)
-        return imported, _Weights(checkpoint, Pipeline.from_dict(checkpoint["pipeline"], definition.folder))
+        return imported, load_checkpoint(path)
     if first is None:
         raise ImportFileError(f"{request.archive} has no pipeline that can be served")
     # The folder of its own is taken back: what can be changed is the one that it was copied from.
@@ -296,7 +289,7 @@ def _package(
         SPLIT,
         out / "evaluation",
         device,
-        threshold=adopted.postprocessor.threshold,
+        tune=False,
     )
     built = build_archive(
         folder,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
+import numpy as np
 from tqdm import tqdm
 
 from skewless.adoption.recorded import Recorded, part_name
@@ -20,6 +20,7 @@ from skewless.core.service import ModelService
 from skewless.core.stages import InputError, PipelineError, Stage
 from skewless.core.stages.pcm import Pcm
 from skewless.evaluation.scores import score_columns
+from skewless.training.checkpoint import file_digest
 from skewless.training.manifest import Recording
 
 # Fields of an answer that say what was asked for, and not what was found.
@@ -50,14 +51,11 @@ class Candidate:
 class Trial:
     """What the weights answer behind one candidate.
 
-    answers: by file, numbers by name; scores: by file, what decides; decisions: by file, the number of the chosen class.
-    failure: why it could not be run; everything else is empty then.
+    answers: by file, numbers by name. failure: why it could not be run; there are no answers then.
     """
 
     candidate: Candidate
     answers: Mapping[str, Mapping[str, float]]
-    scores: Mapping[str, Sequence[float]]
-    decisions: Mapping[str, int]
     failure: str = ""
 
     def gap(self, recorded: Recorded) -> Gap | None:
@@ -86,8 +84,8 @@ class Trial:
 @dataclass(frozen=True)
 class Gap:
     """mean, largest: of the differences to the record, as shares of each quantity's scale. reproduced: every one is within
-    what is allowed; same: within what one computation leaves. missing: recorded numbers that the answers do not have, such as of a window that is not cut; each counts
-    as a difference of 1. compared: how many numbers. worst: the file with the largest difference."""
+    what is allowed; same: within what one computation leaves. missing: recorded numbers that the answers do not have, such
+    as of a window that is not cut; each counts as a difference of 1. compared: how many numbers. worst: the file with the largest difference."""
 
     mean: float
     largest: float
@@ -105,6 +103,7 @@ class Laboratory:
         """key: what the answers depend on beside the pipeline and the files, such as the digest of the weights."""
         self.service, self.threshold = service, threshold
         self._folder, self._key = folder, key
+        self._digests: dict[Path, str] = {}
 
     def run(self, candidate: Candidate, rows: Sequence[Recording], label: str) -> Trial:
         """Answers for every file, with a progress bar. What was kept of an earlier run is not computed again.
@@ -114,28 +113,22 @@ class Laboratory:
         pipeline = candidate.pipeline.with_fitted_stages_of(self.service.pipeline)
         if pipeline.unfitted:
             lacks = f"its stage {', '.join(pipeline.unfitted)} lacks the training set's statistics"
-            return Trial(candidate, {}, {}, {}, f"{lacks}; give scikit-learn's StandardScaler as --scaler")
-        answers: dict[str, dict[str, Any]] = self._kept(pipeline)
-        missing = [row for row in rows if row.file_path not in answers]
+            return Trial(candidate, {}, f"{lacks}; give scikit-learn's StandardScaler as --scaler")
+        kept = self._kept(pipeline)
+        missing = [row for row in rows if self._digest(row.path) not in kept]
         failure = ""
         try:
             # A bar that ends at once would only push the others off the screen.
             for row in tqdm(missing, desc=label, unit="file", leave=False, disable=not missing):
-                answers[row.file_path] = self._answer(pipeline, row.path.read_bytes())
+                kept[self._digest(row.path)] = self._answer(pipeline, row.path.read_bytes())
         except (InputError, PipelineError) as error:
             failure = f"{row.file_path}: {str(error).splitlines()[0]}"
         finally:
             if missing:
-                self._keep(pipeline, answers)
+                self._keep(pipeline, kept)
         if failure:
-            return Trial(candidate, {}, {}, {}, failure)
-        found = {row.file_path: answers[row.file_path] for row in rows}
-        return Trial(
-            candidate,
-            {file: each["numbers"] for file, each in found.items()},
-            {file: each["scores"] for file, each in found.items()},
-            {file: each["decision"] for file, each in found.items()},
-        )
+            return Trial(candidate, {}, failure)
+        return Trial(candidate, {row.file_path: kept[self._digest(row.path)] for row in rows})
 
     def names(self, rows: Sequence[Recording], candidates: Iterable[Candidate]) -> set[str]:
         """The names of the numbers in an answer, by the first candidate that answers the first file.
@@ -151,7 +144,7 @@ class Laboratory:
             failures.append(f"  {candidate.name}: {trial.failure}")
         raise PipelineError("none of the pipelines gives what the network takes:\n" + "\n".join(failures))
 
-    def _answer(self, pipeline: Pipeline, payload: bytes) -> dict[str, Any]:
+    def _answer(self, pipeline: Pipeline, payload: bytes) -> dict[str, float]:
         postprocessor = self.service.postprocessor
         try:
             signal = pipeline.run(payload, **self.service.input_limits)
@@ -172,17 +165,18 @@ class Laboratory:
         numbers = {n: float(v) for n, v in body.items() if type(v) in (int, float) and n not in _ASKED}
         for name, score in zip(score_columns(postprocessor.classes), scores, strict=True):
             numbers.setdefault(name, float(score))
-        numbers |= {part_name(part.start_s): float(part.probability) for part in parts}
-        return {
-            "numbers": numbers,
-            "scores": list(map(float, scores)),
-            "decision": postprocessor.choose(scores, self.threshold),
-        }
+        return numbers | {part_name(part.start_s): float(part.probability) for part in parts}
+
+    def _digest(self, path: Path) -> str:
+        """What a file's answers are kept under: another file of the same name is another file."""
+        if path not in self._digests:
+            self._digests[path] = file_digest(path)
+        return self._digests[path]
 
     def _file(self, pipeline: Pipeline) -> Path:
         return self._folder / f"{pipeline.fingerprint[:16]}.json"
 
-    def _kept(self, pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    def _kept(self, pipeline: Pipeline) -> dict[str, dict[str, float]]:
         try:
             kept = json.loads(self._file(pipeline).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -290,5 +284,5 @@ def spread(rows: Sequence[Recording], recorded: Recorded, count: int) -> list[Re
         (row for row in rows if row.file_path in recorded.values),
         key=lambda row: next(iter(recorded.values[row.file_path].values())),
     )
-    places = torch.linspace(0, len(have) - 1, min(count, len(have))).round().int().tolist()
-    return [have[place] for place in dict.fromkeys(places)]
+    places = np.linspace(0, len(have) - 1, min(count, len(have))).round().astype(int)
+    return [have[place] for place in dict.fromkeys(places.tolist())]

@@ -33,10 +33,11 @@ def evaluate(
     device: torch.device,
     references: int = 8,
     skip_unreadable: bool = False,
-    threshold: float | None = None,
+    tune: bool = True,
 ) -> dict[str, Any]:
-    """Measure on `split` with the threshold chosen on `val`, unless `threshold` is given; write metrics.json, predictions.csv, pictures and a few
-    reference recordings with their probabilities to `out`. Returns what metrics.json holds.
+    """Measure on `split` with the threshold chosen on `val`, or without `tune` with the definition's; write metrics.json,
+    predictions.csv, pictures and a few reference recordings with their probabilities to `out`. Returns what metrics.json
+    holds.
 
     First the scores that training computed for the `val` split are reproduced; how many and how closely is in
     `training_reproduced`, which is None for an imported checkpoint, of which nothing is recorded.
@@ -55,11 +56,8 @@ def evaluate(
         predictions = predict(service, rows, split, skip_unreadable=skip_unreadable)
     for read in (validation, predictions):
         require_every_class([p.recording for p in read], "what could be read", classes)
-    chosen_on = "val" if postprocessor.tuned and threshold is None else "the definition"
-    if chosen_on == "val":
-        threshold = best_threshold(*arrays(validation))
-    elif threshold is None:
-        threshold = postprocessor.threshold
+    tuned = tune and postprocessor.tuned
+    threshold = best_threshold(*arrays(validation)) if tuned else postprocessor.threshold
     labels, scores = arrays(predictions)
     if len(classes) == 2:
         figures = measure_two_classes(labels, scores, threshold)
@@ -71,7 +69,7 @@ def evaluate(
         "skipped": len(rows) - len(predictions),
         "classes": list(classes),
         "threshold": threshold,
-        "threshold_chosen_on": chosen_on,
+        "threshold_chosen_on": "val" if tuned else "the definition",
         **figures,
         "val_auc": checkpoint["val_auc"],
         "val_ap": checkpoint["val_ap"],
