@@ -263,13 +263,13 @@ def _rows(made: Demonstration) -> list[Recording]:
 def labelled_files(made: Demonstration, folder: Path, limit: int) -> list[Path]:
     """Some files that the demonstration was not trained on, as DIR/CLASS/NAME: pictures as they are, recordings as WAV of 16 bits, of
     which every decoder makes the same."""
-    classes = Definition.read(made.definition).classes
+    definition = Definition.read(made.definition)
     held_out = [row for row in _rows(made) if row.split != "train" and row.path.suffix not in _NOT_READ]
     written = []
-    for label, name in enumerate(classes):
+    for label, name in enumerate(definition.classes):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for row in [row for row in held_out if row.label == label][: -(-limit // len(classes))]:
-            if Definition.read(made.definition).pipeline.reads == "image":
+        for row in [row for row in held_out if row.label == label][: -(-limit // len(definition.classes))]:
+            if definition.pipeline.reads == "image":
                 written.append(Path(shutil.copy(row.path, folder / name)))
             else:
                 samples, rate = soundfile.read(row.path)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from skewless.cli.frame import PACKAGE, Archive, Device, Result, Root, app, command, device_of
-from skewless.cli.package import AcceptUntrained, references_of
+from skewless.cli.package import AcceptUntrained, Classes, Replaced, Scaler, classes_of, references_of
 
 
 @command(app, "adopt", panel=PACKAGE)
@@ -49,16 +49,8 @@ def adopt(
     accept_closest: Annotated[
         bool, typer.Option("--accept-closest", help="Build although no pipeline reproduces the answers.")
     ] = False,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...", help="The classes in the order of the file's outputs, as `skewless import` asks."
-        ),
-    ] = None,
-    scaler: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="scikit-learn's fitted StandardScaler, as for `skewless import`."),
-    ] = None,
+    classes: Classes = None,
+    scaler: Scaler = None,
     runtime: Annotated[str | None, typer.Option(help="What executes the network.", show_default="model.yaml's")] = None,
     references: Annotated[
         list[str] | None,
@@ -68,10 +60,7 @@ def adopt(
             show_default="some of the labelled files",
         ),
     ] = None,
-    replaced: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LAYER", help="A layer before a Keras network whose work the pipeline does."),
-    ] = None,
+    replaced: Replaced = None,
     accept_untrained: AcceptUntrained = None,
     device: Device = "cpu",
 ) -> Result:
@@ -102,7 +91,7 @@ def adopt(
             runtime=runtime,
             references=references_of(references or ["evaluation"]),
             imported={
-                "classes": [] if classes is None else [name.strip() for name in classes.split(",")],
+                "classes": classes_of(classes),
                 "scaler": scaler,
                 "replaced": replaced or (),
                 "accept_untrained": accept_untrained or (),

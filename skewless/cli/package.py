@@ -35,6 +35,36 @@ AcceptUntrained = Annotated[
 ]
 
 
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...",
+        help="The classes in the order of the file's outputs; to be given where the file does not say it. Of two with one output, "
+        "it speaks for the second.",
+    ),
+]
+Replaced = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LAYER",
+        help="A layer before a Keras network, such as a Lambda with preprocess_input, of which you know that the "
+        "pipeline does the same. May be given several times.",
+    ),
+]
+Scaler = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="scikit-learn's fitted StandardScaler, as pickle or joblib saved it, for a pipeline with standard_scaler.",
+    ),
+]
+
+
+def classes_of(given: str | None) -> list[str]:
+    """The names that an option lists, separated by commas; none where it is not given."""
+    return [] if given is None else [name.strip() for name in given.split(",")]
+
+
 def _runtimes() -> list[str]:
     from skewless.core.runtimes import RUNTIMES
 
@@ -60,29 +90,9 @@ def import_(
             show_default="ARCHIVE/pipeline.yaml",
         ),
     ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="The classes in the order of the file's outputs; to be given where the file does not say it. Of two with one output, "
-            "it speaks for the second.",
-        ),
-    ] = None,
-    replaced: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="LAYER",
-            help="A layer before a Keras network, such as a Lambda with preprocess_input, of which you know that the "
-            "pipeline does the same. May be given several times.",
-        ),
-    ] = None,
-    scaler: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="scikit-learn's fitted StandardScaler, as pickle or joblib saved it, for a pipeline with standard_scaler.",
-        ),
-    ] = None,
+    classes: Classes = None,
+    replaced: Replaced = None,
+    scaler: Scaler = None,
     accept_untrained: AcceptUntrained = None,
     manifest: Annotated[
         Path | None,
@@ -115,7 +125,7 @@ def import_(
             file=file,
             out=out,
             pipeline=pipeline,
-            classes=[] if classes is None else [name.strip() for name in classes.split(",")],
+            classes=classes_of(classes),
             replaced=replaced or (),
             scaler=scaler,
             accept_untrained=accept_untrained or (),

@@ -14,10 +14,10 @@ from skewless.core.definition import Definition
 from skewless.core.networks import NETWORKS
 from skewless.importers.errors import ImportFileError
 from skewless.importers.imported_file import ImportedFile
-from skewless.importers.safetensors_file import is_safetensors, read_safetensors
+from skewless.importers.safetensors_file import read_safetensors
 from skewless.importers.torchvision_names import rename as rename_torchvision
 from skewless.training.checksums import ChecksumError, check_members
-from skewless.training.foreign_files import describe
+from skewless.training.foreign_files import describe, is_safetensors
 
 FORMATS = {
     "pytorch": "what torch.save wrote: a checkpoint or a state dict",

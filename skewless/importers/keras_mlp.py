@@ -83,7 +83,8 @@ def read_keras_mlp(path: str | Path, network: MLP) -> ImportedFile:
 def shape_of(path: str | Path) -> dict[str, Any]:
     """The parameters of the network `mlp` that a file's weights fit.
 
-    Such as {"inputs": 37, "hidden": [256, 128, 64, 32], "dropout": [0.3, 0.3, 0.2, 0.2]}. A file of weights alone has no dropout, which acts in training only: it is then 0 throughout.
+    Such as {"inputs": 37, "hidden": [256, 128, 64, 32], "dropout": [0.3, 0.3, 0.2, 0.2]}. A file of weights alone has no
+    dropout, which acts in training only: it is then 0 throughout.
     Raises ImportFileError for a file that is damaged, or that holds no chain of dense layers.
     """
     with opened(path) as saved:

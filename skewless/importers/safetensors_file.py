@@ -17,14 +17,8 @@ from skewless.importers.imported_file import ImportedFile
 from skewless.importers.pytorch import without_prefixes
 from skewless.training.checkpoint import file_digest
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
 # What a network's weights and counters are in; not 8-bit and 4-bit numbers, which mean nothing without their scales.
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
-
-
-def is_safetensors(start: bytes) -> bool:
-    """Whether the first 9 bytes of a file are those of a safetensors file: a length below the limit, and a brace."""
-    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER
 
 
 def read_safetensors(path: str | Path) -> ImportedFile:

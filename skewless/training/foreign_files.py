@@ -19,6 +19,12 @@ _STARTS = {
     b"\x93NUMPY": ("is an array of NumPy's (.npy)", "save the weights by their names, with torch.save"),
 }
 _SHOWN = 40  # characters of a text
+_MAX_HEADER = 100_000_000  # bytes; the limit of the format safetensors itself
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether the first 9 bytes of a file are those of a safetensors file: a length within the limit, and a brace."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER
 
 
 def describe(path: Path) -> str:
@@ -43,7 +49,7 @@ def describe(path: Path) -> str:
         return f"is a tar archive: {_UNPACK}"
     if start[4:8] == b"TFL3":
         return f"is a TensorFlow Lite model: {_EXPORT}"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 10**8:
+    if is_safetensors(start):
         return "is a safetensors file: `skewless import` makes a checkpoint of it"
     # The first fields of an ONNX ModelProto: its version, then the producer's name, the opsets or the graph.
     if start[:1] == b"\x08" and 0 < start[1] < 64 and start[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42"):
