@@ -18,7 +18,7 @@ from skewless.adoption import trials as trials_module
 from skewless.adoption.adopt import AdoptRequest, adopt
 from skewless.adoption.folder import write_folder
 from skewless.adoption.recorded import RecordError, part_name, read_recorded
-from skewless.adoption.report import as_text, write_html
+from skewless.adoption.report import as_text, verdict, write_html
 from skewless.adoption.trials import Candidate, single_edits
 from skewless.core.networks.resnet_fastai import ResNetFastai
 from skewless.core.pipeline import Pipeline
@@ -256,6 +256,20 @@ def test_a_file_that_was_replaced_is_answered_anew(
         return answer
 
     assert answered(first.path) == answered(first.path) != answered(second.path)
+
+
+def test_what_is_said_where_the_pipeline_is_found_and_nothing_could_be_built():
+    gap = {"reproduced": True, "largest": 0.0, "mean": 0.0, "missing": 0, "worst": ""}
+    best = {"name": "pipeline.yaml", "servable": True, "gap": gap}
+    record = {"numbers": 3, "files": 3}
+    reasons = {"pipeline.yaml": "the graph's logit is off by 2e-3; choose eager"}
+    report = {"best": best, "record": record, "trials": [best], "not_packaged": reasons}
+    told = verdict(report)
+    assert told[1] == "pipeline.yaml cannot be packaged: the graph's logit is off by 2e-3; choose eager"
+    assert told[2].startswith("So nothing was built. Mend that, for instance with --runtime eager")
+    other = {"pipeline": "variants/other.yaml", "reproduced": True, "largest": 1e-6}
+    told = verdict(report | {"adopted": other})
+    assert told[2].startswith("Built is variants/other.yaml") and "imitates" not in " ".join(told)
 
 
 # The folder of its own.

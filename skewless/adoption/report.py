@@ -39,10 +39,14 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
             )
     adopted = report.get("adopted")
     lines += [f"{name} cannot be packaged: {reason}" for name, reason in report["not_packaged"].items()]
+    foreign = "It imitates a fault with a stage that no archive carries"
     if adopted is None and not best["servable"]:
         lines.append(
-            "It imitates a fault with a stage that no archive carries, and every pipeline that can be served is further away; "
-            "--accept-closest builds the closest of those."
+            f"{foreign}, and every pipeline that can be served is further away; --accept-closest builds the closest of those."
+        )
+    elif adopted is None and gap["reproduced"]:
+        lines.append(
+            "So nothing was built. Mend that, for instance with --runtime eager, and adopt again: it goes on from here."
         )
     elif adopted is None:
         lines.append(
@@ -51,10 +55,11 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
             "the closest with --accept-closest."
         )
     elif adopted["pipeline"] != best["name"]:
+        lines += [] if best["servable"] else [f"{foreign}."]
         lines.append(
-            f"It imitates a fault with a stage that no archive carries. Built is {adopted['pipeline']}, the closest that can be "
-            f"served, which {'reproduces the record, too' if adopted['reproduced'] else 'does not reproduce the record'}: the "
-            f"largest difference is {size_text(adopted['largest'])}."
+            f"Built is {adopted['pipeline']}, the closest that can be served, which "
+            f"{'reproduces the record, too' if adopted['reproduced'] else 'does not reproduce the record'}: the largest difference "
+            f"is {size_text(adopted['largest'])}."
         )
     return lines
 
@@ -65,7 +70,7 @@ def instead(report: Mapping[str, Any]) -> list[str]:
         return []
     other = report["instead"]
     if other is None:
-        return ["The service computes what the archive's own pipeline computes: there is nothing to serve otherwise."]
+        return ["What was adopted is the pipeline to compare with: there is nothing to serve otherwise."]
     lines = [
         f"Served behind {other['pipeline']} instead ({'; '.join(other['edits'])}), {other['flips']} of {other['files']} decisions "
         f"would change at threshold {report['threshold']:g}; the probability by {other['mean']:.2g} on average and "
